@@ -1,0 +1,7 @@
+"""Label-smoothed cross entropy over a sharded vocabulary."""
+
+from smoothing.call import TokenStats
+from smoothing.logits_loss import smoothed_cross_entropy, vocab_parallel_cross_entropy
+from smoothing.shard import VocabShard
+
+__all__ = ["TokenStats", "VocabShard", "smoothed_cross_entropy", "vocab_parallel_cross_entropy"]

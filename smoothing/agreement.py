@@ -1,0 +1,132 @@
+"""Ranks that share a vocabulary find out together whether they agree, and fail together.
+
+Each loss sends a header of eight int64 (64 bytes) in front of its statistics, in the same all-gather, so a
+rank whose arguments are wrong still takes part, and every other rank learns of it in the very collective
+that it would otherwise have waited in. The bounds of a vocabulary are exchanged once more, alone and before
+anything else, the first time a group meets with them: only then can ranks with different numbers of tokens
+be told so (afterwards such a call ends in an error of the backend).
+
+On the CPU headers are read in every call. On a device that would be a host synchronisation a step, so they
+are compared there and `torch._assert_async` ends the step if they differ.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from smoothing.options import bits_float, float_bits
+from smoothing.shard import VocabShard
+
+HEADER_FIELDS = 8
+PRIOR_MASS_TOLERANCE = 1e-4
+
+_met: "weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple[int, int, int]]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a rank says of its call. `refused`: its own arguments are wrong and it is about to raise."""
+
+    refused: bool
+    start: int
+    stop: int
+    vocab_size: int
+    tokens: int
+    label_smoothing: float
+    digest: int
+    prior_mass: float
+
+    def encode(self) -> list[int]:
+        return [
+            int(self.refused),
+            self.start,
+            self.stop,
+            self.vocab_size,
+            self.tokens,
+            float_bits(self.label_smoothing),
+            self.digest,
+            float_bits(self.prior_mass),
+        ]
+
+    @classmethod
+    def decode(cls, fields: list[int]) -> "Header":
+        refused, start, stop, vocab_size, tokens, smoothing_bits, digest, mass_bits = fields
+        smoothing, mass = bits_float(smoothing_bits), bits_float(mass_bits)
+        return cls(bool(refused), start, stop, vocab_size, tokens, smoothing, digest, mass)
+
+
+def meet_once(header_H: Tensor, shard: VocabShard) -> None:
+    """Exchange the headers alone, the first time that this group meets with these bounds.
+
+    Raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree.
+    Collectives: one all-gather of 64 bytes a rank, once for each group and bounds; none with one rank.
+    """
+    if shard.world_size == 1:
+        return
+    bounds = (shard.start, shard.stop, shard.vocab_size)
+    if bounds in _met.setdefault(shard.group, set()):
+        return
+    headers_RH = header_H.new_empty(shard.world_size, HEADER_FIELDS)
+    dist.all_gather_into_tensor(headers_RH, header_H, group=shard.group)
+    raise_disagreement(headers_RH, shard.rank)
+    _met[shard.group].add(bounds)
+
+
+def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Give every rank the statistics of all: `stats_RFT` and the headers `[R, 8]` that came with them.
+
+    Collectives: one all-gather of 64 + stats bytes a rank; none with one rank.
+    """
+    if shard.world_size == 1:
+        return stats_FT.unsqueeze(0), header_H.unsqueeze(0)
+    message = torch.cat([header_H.view(stats_FT.dtype), stats_FT.flatten()])
+    messages_R = message.new_empty(shard.world_size, message.numel())
+    dist.all_gather_into_tensor(messages_R, message, group=shard.group)
+    width = message.numel() - stats_FT.numel()
+    headers_RH = messages_R[:, :width].contiguous().view(torch.int64)
+    return messages_R[:, width:].unflatten(1, stats_FT.shape), headers_RH
+
+
+def check(headers_RH: Tensor, rank: int) -> None:
+    """Raise if the ranks do not agree: `ValueError` on the CPU, a device-side assertion on a device."""
+    if headers_RH.device.type == "cpu":
+        raise_disagreement(headers_RH, rank)
+    else:
+        alike = (headers_RH[:, 3:7] == headers_RH[rank, 3:7]).all()
+        mass = headers_RH[:, 7].contiguous().view(torch.float64).sum()
+        whole = (mass - 1).abs() <= PRIOR_MASS_TOLERANCE
+        torch._assert_async((headers_RH[:, 0] == 0).all() & alike & whole)
+
+
+def raise_disagreement(headers_RH: Tensor, rank: int) -> None:
+    """Raise the `ValueError` that `disagreement` words, if it finds one."""
+    if fault := disagreement([Header.decode(fields) for fields in headers_RH.tolist()], rank):
+        raise ValueError(fault)
+
+
+def disagreement(headers: list[Header], rank: int) -> str | None:
+    """What keeps these ranks from computing one loss, said to `rank`; None if nothing does."""
+    refused = [other for other, header in enumerate(headers) if header.refused]
+    if refused:
+        return f"rank(s) {refused} of this vocabulary's group refused their arguments and raised; see the error there"
+    own = headers[rank]
+    for other, header in enumerate(headers):
+        for name in ("vocab_size", "tokens", "label_smoothing", "digest"):
+            here, there = getattr(own, name), getattr(header, name)
+            if here != there:
+                what = "another argument (ignore_index, reduction, ..., dtype)" if name == "digest" else name
+                values = "" if name == "digest" else f": {here} here (rank {rank}), {there} on rank {other}"
+                return f"all ranks of a vocabulary must be called alike, but they differ in {what}{values}"
+    bounds = [(header.start, header.stop) for header in headers]
+    starts = [0] + [stop for _, stop in bounds[:-1]]
+    if any(start != expected for (start, _), expected in zip(bounds, starts, strict=True)):
+        return f"the ranks' shards [start, stop) must follow one another from 0 without gap or overlap, got {bounds}"
+    if bounds[-1][1] < own.vocab_size:
+        return f"the ranks' shards must cover the vocabulary [0, {own.vocab_size}), got {bounds}"
+    mass = sum(header.prior_mass for header in headers)
+    if not abs(mass - 1) <= PRIOR_MASS_TOLERANCE:
+        return f"smoothing_prior must sum to 1 over all ranks' shards, got {mass:.6g}"
+    return None

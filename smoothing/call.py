@@ -1,0 +1,196 @@
+"""One call of a vocab-parallel loss: its arguments looked at once, for every kind of head.
+
+Legend: T tokens, S columns of this rank (padding included), K real ones.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smoothing import agreement
+from smoothing.agreement import Header
+from smoothing.options import LossOptions
+from smoothing.shard import VocabShard
+from smoothing.shard_statistics import Combined, ShardStatistics, combine
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class TokenStats(NamedTuple):
+    """What is known of each token at no further cost, each of the target's shape, detached; 0 where ignored.
+
+    `nll`: unsmoothed loss. `lse`: log Σ exp z. `confidence`: the largest probability. `correct`: the target
+    attains the largest logit (None where targets are distributions). `valid`: the token has a label.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    confidence: Tensor
+    correct: Tensor | None
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The arguments that every head shares, checked, with tokens flattened to one dimension."""
+
+    target: Tensor  # [T] int64 or [T, S] floating point
+    shard: VocabShard
+    options: LossOptions
+    prior: Tensor | None  # [K], in the statistics' dtype
+    statistics_dtype: torch.dtype
+    input_dtype: torch.dtype
+
+    @property
+    def soft(self) -> bool:
+        return self.target.is_floating_point()
+
+    @property
+    def tokens(self) -> int:
+        return self.target.shape[0]
+
+    @property
+    def valid_T(self) -> Tensor:
+        """Tokens that have a label."""
+        if self.soft:
+            return torch.ones(self.tokens, dtype=torch.bool, device=self.target.device)
+        return self.target != self.options.ignore_index
+
+    def labelled_rows(self) -> Tensor | None:
+        """Indices of the tokens that have a label; None for "look at all", which needs no synchronisation."""
+        if self.soft or self.target.device.type != "cpu":
+            return None
+        valid_T = self.valid_T
+        return None if bool(valid_T.all()) else valid_T.nonzero().squeeze(1)
+
+    def local_target(self, rows) -> tuple[Tensor, Tensor]:
+        """Of these tokens' labels: which this rank owns, and their columns here (0 where it does not)."""
+        column = self.target[rows] - self.shard.start
+        owned = (column >= 0) & (column < self.shard.real_size) & (self.target[rows] != self.options.ignore_index)
+        return owned, torch.where(owned, column, 0)
+
+    def header(self, refused: bool = False) -> Tensor:
+        """This rank's header (see `agreement`), on the target's device."""
+        extra = (self.input_dtype, self.soft, self.prior is not None)
+        uniform_mass = 0.0 if refused else self.shard.real_size / self.shard.vocab_size
+        header = Header(
+            refused=refused,
+            start=self.shard.start,
+            stop=self.shard.stop,
+            vocab_size=self.shard.vocab_size,
+            tokens=self.tokens,
+            label_smoothing=self.options.label_smoothing,
+            digest=self.options.digest(*extra),
+            prior_mass=uniform_mass,
+        )
+        header_H = torch.tensor(header.encode(), dtype=torch.int64, device=self.target.device)
+        if self.prior is not None:
+            header_H[7] = self.prior.sum(dtype=torch.float64).view(torch.int64)
+        if not refused and not self.soft and header_H.device.type != "cpu":
+            header_H[0] = self.targets_outside().any()
+        return header_H
+
+    def targets_outside(self) -> Tensor:
+        """`[T]`: labels that no vocabulary entry answers to."""
+        return self.valid_T & ((self.target < 0) | (self.target >= self.shard.vocab_size))
+
+    def combine_all(self, own: ShardStatistics) -> Combined:
+        """Exchange statistics with the other ranks and add them up. Collectives: one all-gather."""
+        header_H = self.header()
+        agreement.meet_once(header_H, self.shard)
+        stats_RFT, headers_RH = agreement.exchange(own.stack(), header_H, self.shard)
+        agreement.check(headers_RH, self.shard.rank)
+        starts_R = headers_RH[:, 1].contiguous()
+        owner_T = None
+        if not self.soft:
+            owner_T = torch.bucketize(self.target.clamp(0, self.shard.vocab_size - 1), starts_R, right=True) - 1
+        prior_mass_R = headers_RH[:, 7].contiguous().view(torch.float64)
+        return combine(stats_RFT, owner_T, prior_mass_R)
+
+    def refuse(self, fault: str) -> None:
+        """Raise `ValueError(fault)` here, and let no other rank wait: it learns in its own collective."""
+        header_H = self.header(refused=True)
+        if self.shard.group is not None:
+            try:
+                agreement.meet_once(header_H, self.shard)
+                nothing = ShardStatistics.nothing(
+                    self.tokens, self.soft, dtype=self.statistics_dtype, device=header_H.device
+                )
+                agreement.exchange(nothing.stack(), header_H, self.shard)
+            except ValueError:
+                pass  # the meeting tells this rank what it already knows
+        raise ValueError(fault)
+
+    def token_stats(self, combined: Combined, shape: torch.Size) -> TokenStats:
+        """Per-token statistics in the target's shape."""
+        valid_T = self.valid_T
+        nll_T = combined.label_mass * combined.log_sum_exp - combined.label
+        lse_T = combined.maximum + combined.log_sum_exp
+        confidence_T = (-combined.log_sum_exp).exp()
+        correct_T = None if self.soft else (valid_T & (combined.label == 0)).view(shape)
+        zeroed = [x.masked_fill(~valid_T, 0.0).view(shape) for x in (nll_T, lse_T, confidence_T)]
+        return TokenStats(*zeroed, correct=correct_T, valid=valid_T.view(shape))
+
+    def reduce(self, loss_T: Tensor, shape: torch.Size, num_items_in_batch) -> Tensor:
+        """`none`: the target's shape. `sum`. `mean`: over labelled tokens, or `num_items_in_batch`; 0.0 for none."""
+        if self.options.reduction == "none":
+            return loss_T.view(shape)
+        if self.options.reduction == "sum":
+            return loss_T.sum()
+        items = self.valid_T.sum() if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items, device=loss_T.device, dtype=loss_T.dtype)
+        return loss_T.sum() / items.clamp(min=1)
+
+
+def refused_call(tokens: int, device, shard: VocabShard) -> LossCall:
+    """A stand-in for a call whose own arguments cannot be trusted, so that its rank can still `refuse`."""
+    target = torch.zeros(tokens, dtype=torch.int64, device=device)
+    return LossCall(target, shard, LossOptions(), None, torch.float32, torch.float32)
+
+
+def argument_fault(target, shard, options, prior, num_items_in_batch, leading: torch.Size, width: int, dtype):
+    """What is wrong with a call's arguments, whatever its head, or None. `leading`: the tokens' shape."""
+    if fault := options.fault() or shard.fault():
+        return fault
+    if dtype not in FLOAT_DTYPES:
+        return f"expected floating-point input of dtype {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}"
+    if width != shard.size:
+        return (
+            f"this rank's shard is [{shard.start}, {shard.stop}), so {shard.size} vocabulary columns were expected, "
+            f"got {width}"
+        )
+    if not isinstance(target, Tensor):
+        return f"target must be a tensor, got {type(target).__name__}"
+    if target.is_floating_point():
+        if target.shape != (*leading, width):
+            return (
+                f"floating-point targets must have the logits' shape {(*leading, width)}, got {tuple(target.shape)}"
+            )
+    elif target.dtype != torch.int64:
+        return f"target must be int64 token ids (or floating-point probabilities), got {target.dtype}"
+    elif target.shape != leading:
+        return f"target must have shape {tuple(leading)}, one id for each token, got {tuple(target.shape)}"
+    elif target.device.type == "cpu" and (fault := _target_fault(target, shard, options)):
+        return fault
+    if prior is not None and (not isinstance(prior, Tensor) or prior.shape != (width,)):
+        got = tuple(prior.shape) if isinstance(prior, Tensor) else type(prior).__name__
+        return f"smoothing_prior must be this rank's slice of a distribution, of shape {(width,)}, got {got}"
+    if num_items_in_batch is not None:
+        if options.reduction != "mean":
+            return f"num_items_in_batch replaces the divisor of reduction='mean', got reduction={options.reduction!r}"
+        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
+            return f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}"
+    return None
+
+
+def _target_fault(target: Tensor, shard: VocabShard, options: LossOptions) -> str | None:
+    outside = (target != options.ignore_index) & ((target < 0) | (target >= shard.vocab_size))
+    if not bool(outside.any()):
+        return None
+    worst = target[outside][0].item()
+    return (
+        f"target must lie in [0, {shard.vocab_size}) or be ignore_index ({options.ignore_index}), "
+        f"got {worst} ({int(outside.sum())} such)"
+    )

@@ -1,0 +1,40 @@
+"""The three formulations that the project starts from, on full logits, in the dtype they are given.
+
+They are one number. Every test of the sharded losses holds them to these functions in fp64.
+
+Shapes: T tokens, V vocabulary. `logits_TV` floating point, `target_T` int64 with `ignore_index` where a
+token has no label. Each returns the mean over the labelled tokens, a scalar in the logits' dtype.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def torch_cross_entropy(logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = -100):
+    """PyTorch's: `F.cross_entropy(label_smoothing=)`."""
+    return F.cross_entropy(logits_TV, target_T, ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+
+def hf_label_smoother(logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = -100):
+    """Hugging Face's `LabelSmoother`: `(1-ε)·nll + ε·mean_v(-log p_v)`, each averaged over labelled tokens.
+
+    Source: `transformers.trainer_pt_utils.LabelSmoother`; stated anew so that `smoothing` needs torch alone.
+    A test holds this function to the original.
+    """
+    log_probs_TV = F.log_softmax(logits_TV, dim=-1)
+    ignored_T = target_T == ignore_index
+    nll_T = -log_probs_TV.gather(-1, target_T.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    uniform_T = -log_probs_TV.sum(-1) / logits_TV.shape[-1]
+    labelled = (~ignored_T).sum()
+    nll = nll_T.masked_fill(ignored_T, 0.0).sum() / labelled
+    uniform = uniform_T.masked_fill(ignored_T, 0.0).sum() / labelled
+    return (1 - label_smoothing) * nll + label_smoothing * uniform
+
+
+def onehot_cross_entropy(logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = -100):
+    """Cross entropy against the smoothed labels `onehot·(1-ε) + ε/V`, written out."""
+    labelled_T = target_T != ignore_index
+    logits_TV, target_T = logits_TV[labelled_T], target_T[labelled_T]
+    vocab_size = logits_TV.shape[-1]
+    q_TV = F.one_hot(target_T, vocab_size).to(logits_TV.dtype) * (1 - label_smoothing) + label_smoothing / vocab_size
+    return -(q_TV * F.log_softmax(logits_TV, dim=-1)).sum(-1).mean()

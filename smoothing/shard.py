@@ -1,0 +1,86 @@
+"""Which rows of the vocabulary a rank holds: integers, and the group that holds the rest."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Columns `[start, stop)` of a vocabulary of `vocab_size`, shared with the ranks of `group`.
+
+    `vocab_size` is the real one. Columns at or past it are padding: they take part in nothing and get exactly
+    zero gradient. Shards may be uneven, and one may be all padding. `group=None`: this rank is alone and
+    holds the whole vocabulary. Raises `ValueError` at once only in that case; with a group the bounds are
+    checked where all ranks meet, in the first loss, so that they fail together.
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self):
+        if self.group is None and (fault := self.fault() or self._uncovered()):
+            raise ValueError(fault)
+
+    @classmethod
+    def whole(cls, vocab_size: int) -> "VocabShard":
+        """The whole vocabulary on one rank."""
+        return cls(0, vocab_size, vocab_size)
+
+    @classmethod
+    def split(cls, vocab_size: int, group: dist.ProcessGroup) -> "VocabShard":
+        """This rank's part of the near-even split over `group`, as DeepSpeed's AutoTP makes it."""
+        start, stop = cls.bounds(vocab_size, dist.get_world_size(group))[dist.get_rank(group)]
+        return cls(start, stop, vocab_size, group)
+
+    @classmethod
+    def of(cls, head) -> "VocabShard":
+        """The shard that a DeepSpeed `VocabParallelLinear` holds."""
+        if head.mp_group is None or dist.get_world_size(head.mp_group) == 1:
+            return cls.whole(head.vocab_size)
+        return cls(head.vocab_start_index, head.vocab_end_index, head.vocab_size, head.mp_group)
+
+    @staticmethod
+    def bounds(vocab_size: int, world_size: int) -> list[tuple[int, int]]:
+        """`[(start, stop), ...]` of the near-even split: the first `vocab_size % world_size` get one more."""
+        size, more = divmod(vocab_size, world_size)
+        starts = [rank * size + min(rank, more) for rank in range(world_size + 1)]
+        return list(pairwise(starts))
+
+    @property
+    def size(self) -> int:
+        """Columns held, padding included: the logits' last dimension."""
+        return self.stop - self.start
+
+    @property
+    def real_size(self) -> int:
+        """Columns held that are not padding."""
+        return max(0, min(self.stop, self.vocab_size) - self.start)
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def fault(self) -> str | None:
+        """What is wrong with these bounds by themselves, or None."""
+        bounds = (self.start, self.stop, self.vocab_size)
+        if not all(isinstance(bound, int) for bound in bounds):
+            return f"VocabShard takes integers for start, stop and vocab_size, got {bounds}"
+        if self.vocab_size < 1 or not 0 <= self.start <= self.stop:
+            return f"expected 0 <= start <= stop and vocab_size >= 1, got start, stop, vocab_size = {bounds}"
+        return None
+
+    def _uncovered(self) -> str | None:
+        if self.start == 0 and self.stop >= self.vocab_size:
+            return None
+        return (
+            f"a shard without a group must hold the whole vocabulary [0, {self.vocab_size}), got "
+            f"[{self.start}, {self.stop}); pass group=, the process group whose ranks hold the other columns"
+        )

@@ -1,0 +1,87 @@
+"""Softmax statistics of a vocabulary shard, and the loss that all shards' statistics add up to.
+
+Legend: T tokens, K real columns of this rank, R ranks, F statistics. Each rank describes each token by
+
+    m_r = max z_v     s_r = Σ exp(z_v - m_r)     t_r = Σ p_v (z_v - m_r)     c_r = Σ u_v (z_v - m_r)
+
+over its own columns, where `p` is the label distribution (one-hot: t_r = z_y - m_r on the rank that owns y)
+and `u` the smoothing prior. Everything is relative to a maximum, so a common offset of the logits cancels
+before it can cost digits, and no `log(exp(x))` is taken anywhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ShardStatistics(NamedTuple):
+    """One rank's statistics, each `[T]`; `label_mass` (Σ p_v) only with labels that are distributions."""
+
+    maximum: Tensor
+    sum_exp: Tensor
+    label: Tensor
+    prior: Tensor
+    label_mass: Tensor | None = None
+
+    @classmethod
+    def nothing(cls, tokens: int, soft: bool, **options) -> "ShardStatistics":
+        """What a rank without any real column has to say."""
+        zeros_T = torch.zeros(tokens, **options)
+        return cls(torch.full_like(zeros_T, -torch.inf), zeros_T, zeros_T, zeros_T, zeros_T if soft else None)
+
+    def stack(self) -> Tensor:
+        """`[F, T]`, as it travels."""
+        return torch.stack([field for field in self if field is not None])
+
+
+class Combined(NamedTuple):
+    """What all ranks know of each token after the exchange, each `[T]`; logits relative to `maximum`."""
+
+    maximum: Tensor  # M = max over the whole vocabulary
+    log_sum_exp: Tensor  # lse(z) - M
+    label: Tensor  # Σ p_v (z_v - M), which is z_y - M for a hard label
+    prior: Tensor  # Σ u_v (z_v - M)
+    label_mass: Tensor  # Σ p_v, 1 for a hard label
+
+
+def combine(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor) -> Combined:
+    """All ranks' statistics as one, in the same order everywhere, hence to the same bits.
+
+        M = max m_r      lse - M = log Σ s_r·exp(m_r - M)      Σ u_v (z_v - M) = Σ_r c_r + U_r·(m_r - M)
+
+    `label_owner_T`: the rank that holds each token's label, None where labels are distributions.
+    `prior_mass_R`: U_r, the prior mass of each rank's shard.
+    """
+    maximum_RT, sum_exp_RT, label_RT, prior_RT = stats_RFT[:, :4].unbind(1)
+    maximum_T = maximum_RT.amax(0)
+    shift_RT = maximum_RT - maximum_T
+    log_sum_exp_T = (sum_exp_RT * shift_RT.exp()).sum(0).log()
+    if label_owner_T is not None:
+        owner_1T = label_owner_T.unsqueeze(0)
+        label_T = (label_RT.gather(0, owner_1T) + shift_RT.gather(0, owner_1T)).squeeze(0)
+        label_mass_T = torch.ones_like(maximum_T)
+    else:
+        label_mass_RT = stats_RFT[:, 4]
+        label_T = _shifted_sum(label_RT, label_mass_RT, shift_RT)
+        label_mass_T = label_mass_RT.sum(0)
+    prior_T = _shifted_sum(prior_RT, prior_mass_R.unsqueeze(1).to(shift_RT.dtype), shift_RT)
+    return Combined(maximum_T, log_sum_exp_T, label_T, prior_T, label_mass_T)
+
+
+def token_loss(combined: Combined, label_smoothing: float, z_loss: float) -> Tensor:
+    """The loss of each token, `[T]`:  `(lse-M)·Σq - (1-ε)·Σp(z-M) - ε·Σu(z-M) + z_loss·lse²`."""
+    mass_T = (1 - label_smoothing) * combined.label_mass + label_smoothing
+    loss_T = mass_T * combined.log_sum_exp
+    if label_smoothing < 1:
+        loss_T = loss_T - (1 - label_smoothing) * combined.label
+    if label_smoothing > 0:
+        loss_T = loss_T - label_smoothing * combined.prior
+    if z_loss > 0:
+        loss_T = loss_T + z_loss * (combined.maximum + combined.log_sum_exp).square()
+    return loss_T
+
+
+def _shifted_sum(sum_RT: Tensor, mass_RT: Tensor, shift_RT: Tensor) -> Tensor:
+    # A shard without mass may have a shift of -inf (it is all padding, or all its logits are -inf): 0·inf is not 0.
+    return (sum_RT + torch.where(mass_RT > 0, mass_RT * shift_RT, 0.0)).sum(0)
