@@ -1,7 +1,14 @@
 """Label-smoothed cross entropy over a sharded vocabulary."""
 
 from smoothing.call import TokenStats
+from smoothing.install import install_smoothed_loss
 from smoothing.logits_loss import smoothed_cross_entropy, vocab_parallel_cross_entropy
 from smoothing.shard import VocabShard
 
-__all__ = ["TokenStats", "VocabShard", "smoothed_cross_entropy", "vocab_parallel_cross_entropy"]
+__all__ = [
+    "TokenStats",
+    "VocabShard",
+    "install_smoothed_loss",
+    "smoothed_cross_entropy",
+    "vocab_parallel_cross_entropy",
+]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from smoothing.collectives import all_gather
 from smoothing.options import bits_float, float_bits
 from smoothing.shard import VocabShard
 
@@ -69,9 +70,7 @@ def meet_once(header_H: Tensor, shard: VocabShard) -> None:
     bounds = (shard.start, shard.stop, shard.vocab_size)
     if bounds in _met.setdefault(shard.group, set()):
         return
-    headers_RH = header_H.new_empty(shard.world_size, HEADER_FIELDS)
-    dist.all_gather_into_tensor(headers_RH, header_H, group=shard.group)
-    raise_disagreement(headers_RH, shard.rank)
+    raise_disagreement(all_gather(header_H, shard), shard.rank)
     _met[shard.group].add(bounds)
 
 
@@ -83,8 +82,7 @@ def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Ten
     if shard.world_size == 1:
         return stats_FT.unsqueeze(0), header_H.unsqueeze(0)
     message = torch.cat([header_H.view(stats_FT.dtype), stats_FT.flatten()])
-    messages_R = message.new_empty(shard.world_size, message.numel())
-    dist.all_gather_into_tensor(messages_R, message, group=shard.group)
+    messages_R = all_gather(message, shard)
     width = message.numel() - stats_FT.numel()
     headers_RH = messages_R[:, :width].contiguous().view(torch.int64)
     return messages_R[:, width:].unflatten(1, stats_FT.shape), headers_RH

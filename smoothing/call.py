@@ -165,9 +165,7 @@ def argument_fault(target, shard, options, prior, num_items_in_batch, leading: t
         return f"target must be a tensor, got {type(target).__name__}"
     if target.is_floating_point():
         if target.shape != (*leading, width):
-            return (
-                f"floating-point targets must have the logits' shape {(*leading, width)}, got {tuple(target.shape)}"
-            )
+            return f"probabilities must have the logits' shape {(*leading, width)}, got {tuple(target.shape)}"
     elif target.dtype != torch.int64:
         return f"target must be int64 token ids (or floating-point probabilities), got {target.dtype}"
     elif target.shape != leading:
