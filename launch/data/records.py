@@ -1,0 +1,74 @@
+"""What the data layer passes around: records with their origin, and an account of what was dropped."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from launch.errors import UserError
+
+
+class DataError(UserError):
+    """For the user: one sentence on what was expected, what came, and what to do."""
+
+
+class Reject(Exception):
+    """One row cannot be used; `reason` is the class that is counted, `detail` this row's particulars."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it was read; `where` is `file:line`."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One dropped row."""
+
+    where: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class DropReport:
+    """Every dropped row by reason, and the rows that were kept with a shortened prompt."""
+
+    rejections: list[Rejected] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)
+
+    def add(self, where: str, reject: Reject, strict: bool = False) -> None:
+        """Count one dropped row. Raises DataError instead when `strict`."""
+        rejected = Rejected(where, reject.reason, reject.detail)
+        self.rejections.append(rejected)
+        if strict:
+            raise DataError(f"{rejected}. Fix or remove this row, or run without --strict to drop it.")
+
+    def counts(self) -> Counter[str]:
+        """Dropped rows by reason."""
+        return Counter(rejected.reason for rejected in self.rejections)
+
+    def summary(self, examples: int = 3) -> str:
+        """A few lines of text: each reason with its count and the first rows it concerns."""
+        lines = [f"{len(self)} rows dropped"]
+        for reason, count in self.counts().most_common():
+            rows = [r for r in self.rejections if r.reason == reason][:examples]
+            shown = ", ".join(f"{r.where} ({r.detail})" if r.detail else r.where for r in rows)
+            lines.append(f"  {count} x {reason}: {shown}" + (", ..." if count > len(rows) else ""))
+        if self.truncated:
+            shown = ", ".join(self.truncated[:examples])
+            more = ", ..." if len(self.truncated) > examples else ""
+            lines.append(f"{len(self.truncated)} prompts shortened from the left (rows kept): {shown}{more}")
+        return "\n".join(lines)
+
+    def __len__(self) -> int:
+        return len(self.rejections)
