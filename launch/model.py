@@ -1,0 +1,70 @@
+"""The model and tokenizer of a run: loaded, or built from a configuration and trained on the data."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from launch.data.tokenization import train_tokenizer
+from launch.errors import UserError
+from launch.options import SftOptions
+
+
+def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or one trained on `texts()`."""
+    if options.model is None:
+        return train_tokenizer(texts(), options.tokenizer_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as fault:
+        raise UserError(f"no tokenizer could be loaded from --model {options.model}: {_first_line(fault)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {options.model} has no end-of-sequence token, so nothing could learn to stop"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out of attention and of the loss
+    return tokenizer
+
+
+def load_model(
+    options: SftOptions, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """The causal LM to train. Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks."""
+    model = _loaded(options, dtype) if options.model is not None else _built(options, tokenizer, dtype, seed)
+    _check_split(model.config, options.tp)
+    model.config.use_cache = False
+    return model
+
+
+def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=dtype, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError) as fault:
+        raise UserError(f"--model {options.model} could not be loaded: {_first_line(fault)}") from None
+
+
+def _built(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    values = dict(options.model_config)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise UserError("--model_config needs a model_type, for example llama")
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    try:
+        values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | special | values
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError) as fault:
+        raise UserError(f"--model_config: {_first_line(fault)}") from None
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _check_split(config, tp: int) -> None:
+    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    if tp > 1 and heads is not None and (tp > heads or heads % tp):
+        fits = [size for size in range(1, heads + 1) if heads % size == 0]
+        raise UserError(f"--tp {tp} does not divide the model's {heads} attention heads; use one of {fits}")
+
+
+def _first_line(fault: Exception) -> str:
+    return str(fault).strip().splitlines()[0]

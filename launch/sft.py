@@ -1,0 +1,140 @@
+"""deepspeed launch/sft.py --smoothing 0.1
+
+Fine-tunes a causal LM with a label-smoothed cross entropy whose vocabulary is sharded over tensor-parallel ranks.
+`python launch/sft.py --sanity` checks the same run on one device first; `--help` lists every flag.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+# The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
+
+from launch.callbacks import MetricsFile, Progress  # noqa: E402
+from launch.data.blanks import fill_to_multiple  # noqa: E402
+from launch.data.collate import PadToLongest  # noqa: E402
+from launch.data.load import describe_example, encode_examples, read_examples, training_texts  # noqa: E402
+from launch.deepspeed_config import deepspeed_config  # noqa: E402
+from launch.errors import UserError  # noqa: E402
+from launch.export import export  # noqa: E402
+from launch.model import load_model, load_tokenizer  # noqa: E402
+from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved  # noqa: E402
+from launch.processes import claim_output_dir, ensure_environment, is_main, world_size  # noqa: E402
+from launch.samples import complete, shown  # noqa: E402
+from launch.trainer import SftTrainer  # noqa: E402
+from smoothing.hf import SmoothedLossCallback  # noqa: E402
+
+
+def main() -> None:
+    options, training_values = parse_options(sys.argv[1:])
+    ensure_environment()
+    if options.sanity:
+        from launch.sanity import check_run
+
+        sys.exit(check_run(options, training_values))
+    args = training_arguments(options, training_values)
+    tokenizer, data = load_data(options, args)
+    args.output_dir = claim_output_dir(training_values.get("output_dir"), bool(args.resume_from_checkpoint))
+    write_resolved(options, args)
+    trainer = make_trainer(options, args, tokenizer, data)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    show_samples(trainer, tokenizer, data.heldout, options.samples)
+    say(f"model: {export(trainer, tokenizer, args.output_dir)}")
+    trainer.end()
+
+
+def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
+    """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
+    config = deepspeed_config(options, values.get("deepspeed"), world_size())
+    try:
+        # without a GPU transformers starts several processes only when it is told that it is on a CPU
+        values = {"use_cpu": not torch.cuda.is_available(), "output_dir": "runs"} | values | {"deepspeed": config}
+        args = SftTrainingArguments(**values)
+    except (ValueError, TypeError) as fault:
+        raise UserError(str(fault)) from None
+    say(
+        f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
+        f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
+    )
+    return args
+
+
+def load_data(options: SftOptions, args: SftTrainingArguments):
+    """Tokenizer and encoded rows; says what was found, what was dropped, and shows one row with its mask."""
+    examples = read_examples(options.data, options.eval_data, options.strict, options.eval_fraction)
+    tokenizer = load_tokenizer(options, lambda: training_texts(examples.train))
+    data = encode_examples(examples, tokenizer, options.max_length, options.strict)
+    say(f"data: {len(data.train):,} rows to train on, {len(data.heldout):,} held out, format {examples.format}")
+    for note in [*examples.notes, *data.report.summary().splitlines()]:
+        say(f"  {note}")
+    say(describe_example(data.train[0], tokenizer))
+    return tokenizer, data
+
+
+def make_trainer(options: SftOptions, args: SftTrainingArguments, tokenizer, data) -> SftTrainer:
+    """The model under the smoothed loss in a Trainer; the loss goes in once DeepSpeed has sharded the model."""
+    data_parallel = args.world_size // options.tp
+    heldout = fill_to_multiple(data.heldout, data_parallel * args.per_device_eval_batch_size, tokenizer.eos_token_id)
+    if not len(heldout):
+        args.eval_strategy, args.eval_on_start, heldout = "no", False, None
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    trainer = SftTrainer(
+        model=load_model(options, tokenizer, dtype, args.seed),
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=heldout,
+        data_collator=PadToLongest(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(
+        SmoothedLossCallback(label_smoothing=options.smoothing, head=options.head, on_stats=trainer.count)
+    )
+    trainer.pop_callback(ProgressCallback)
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(Progress())
+    trainer.add_callback(MetricsFile())
+    return trainer
+
+
+def write_resolved(options: SftOptions, args: SftTrainingArguments) -> None:
+    """The resolved recipe and DeepSpeed configuration, beside the run."""
+    if is_main():
+        run = Path(args.output_dir)
+        (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(options, args), sort_keys=True), encoding="utf-8")
+        (run / "deepspeed.json").write_text(json.dumps(args.deepspeed, indent=2) + "\n", encoding="utf-8")
+        say(f"run: {run}")
+
+
+def show_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
+    rows = heldout.select(range(min(count, len(heldout))))
+    samples = complete(trainer.model, tokenizer, rows, trainer.args.device)
+    if is_main():
+        with (Path(trainer.args.output_dir) / "samples.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    for sample in samples:
+        say(shown(sample))
+
+
+def say(text: str) -> None:
+    """To the user, once."""
+    if is_main():
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as fault:
+        if is_main():
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+        sys.exit(2)
