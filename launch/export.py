@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from launch.processes import from_main
 
@@ -17,29 +17,38 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: str
     Raises `RuntimeError` if a weight is missing or has another shape than its configuration says.
     """
     partial, final = Path(output_dir) / f"{MODEL}.partial", Path(output_dir) / MODEL
-    trainer.model.config.use_cache = True
-    trainer.save_model(str(partial))
+    weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
 
-    def finish() -> None:
+    def write() -> None:
+        model = trainer.model
+        model.config.use_cache = True
+        # ZeRO 3 gathers tied weights one by one, as copies; from_pretrained ties them again
+        once = {name: weight for name, weight in weights.items() if name not in tied_names(model)}
+        model.save_pretrained(partial, state_dict=once)
         tokenizer.save_pretrained(partial)
-        assert_complete(partial)
+        assert_complete(partial, type(model))
         partial.rename(final)
 
-    from_main(finish)
+    from_main(write)
     return final
 
 
-def assert_complete(directory: Path) -> None:
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of weights that are another weight's, and are not written."""
+    return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+
+
+def assert_complete(directory: Path, model_class: type) -> None:
     """Hold the shapes in the files' headers to those of a model built from the configuration beside them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+        # the class itself: under ZeRO 3 `from_config` would partition the model, with collectives, on this rank alone
+        model = model_class(AutoConfig.from_pretrained(directory))
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
     written = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             written |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    missing = wanted.keys() - written.keys() - tied
+    missing = wanted.keys() - written.keys() - tied_names(model)
     wrong = {name: (shape, wanted.get(name)) for name, shape in written.items() if wanted.get(name) != shape}
     if missing or wrong:
         raise RuntimeError(

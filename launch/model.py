@@ -1,7 +1,10 @@
 """The model and tokenizer of a run: loaded, or built from a configuration and trained on the data."""
 
+from contextlib import contextmanager
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import deepspeed_config
 
 from launch.data.tokenization import train_tokenizer
 from launch.errors import UserError
@@ -37,11 +40,28 @@ def load_model(
 
 def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=dtype, trust_remote_code=options.trust_remote_code
-        )
+        with _without_tensor_parallel():
+            return AutoModelForCausalLM.from_pretrained(
+                options.model, dtype=dtype, trust_remote_code=options.trust_remote_code
+            )
     except (OSError, ValueError) as fault:
         raise UserError(f"--model {options.model} could not be loaded: {_first_line(fault)}") from None
+
+
+@contextmanager
+def _without_tensor_parallel():
+    """Load as if there were no tensor parallelism; DeepSpeed splits the layers later, in `initialize`.
+
+    transformers 5.23 refuses to load any checkpoint under ZeRO 3 whose model has weight renamings while the
+    configuration speaks of tensor parallelism, though the renamings are made on whole weights.
+    """
+    config = deepspeed_config() or {}
+    hidden = config.pop("tensor_parallel", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            config["tensor_parallel"] = hidden
 
 
 def _built(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -> PreTrainedModel:

@@ -29,14 +29,14 @@ from launch.errors import UserError  # noqa: E402
 from launch.export import export  # noqa: E402
 from launch.model import load_model, load_tokenizer  # noqa: E402
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved  # noqa: E402
-from launch.processes import claim_output_dir, ensure_environment, is_main, world_size  # noqa: E402
+from launch.processes import claim_output_dir, ensure_environment, is_main, leave, world_size  # noqa: E402
 from launch.samples import complete, shown  # noqa: E402
 from launch.trainer import SftTrainer  # noqa: E402
 from smoothing.hf import SmoothedLossCallback  # noqa: E402
 
 
-def main() -> None:
-    options, training_values = parse_options(sys.argv[1:])
+def main(argv: list[str]) -> None:
+    options, training_values = parse_options(argv)
     ensure_environment()
     if options.sanity:
         from launch.sanity import check_run
@@ -50,7 +50,6 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     show_samples(trainer, tokenizer, data.heldout, options.samples)
     say(f"model: {export(trainer, tokenizer, args.output_dir)}")
-    trainer.end()
 
 
 def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
@@ -133,8 +132,10 @@ def say(text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except UserError as fault:
         if is_main():
             print(f"error: {fault}", file=sys.stderr, flush=True)
         sys.exit(2)
+    finally:
+        leave()

@@ -4,7 +4,8 @@ import time
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer
+from deepspeed.runtime.utils import clip_grad_norm_
+from transformers import Trainer, TrainerCallback
 
 from smoothing import TokenStats
 
@@ -34,6 +35,23 @@ class TokenMeter:
         return nll / max(tokens, 1), correct / max(tokens, 1), round(tokens)
 
 
+class Stage0GradNorm(TrainerCallback):
+    """Keeps the norm that DeepSpeed computes and forgets when it clips fp32 gradients without ZeRO."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine = self.trainer.deepspeed
+        if engine.zero_optimization_stage() == 0:
+            engine.clip_fp32_gradients = lambda: self._clip(engine)
+
+    @staticmethod
+    def _clip(engine) -> None:
+        parameters, limit = engine.module.parameters(), engine.gradient_clipping()
+        engine._global_grad_norm = clip_grad_norm_(parameters, limit, mpu=engine.mpu)
+
+
 class SftTrainer(Trainer):
     """Adds `nll`, `accuracy`, label tokens, tokens/s and peak memory to every log, `eval_nll` to evaluations."""
 
@@ -42,6 +60,7 @@ class SftTrainer(Trainer):
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log = time.monotonic()
         self._eval_seconds = 0.0
+        self.add_callback(Stage0GradNorm(self))
 
     def count(self, stats: TokenStats) -> None:
         """The installed loss calls this with every forward's statistics."""

@@ -1,0 +1,20 @@
+"""Several runs of `launch/sft.py` in one set of processes: `deepspeed --num_gpus N tests/run_many.py runs.json`.
+
+`runs.json` is a list of argument lists. Importing everything once is what makes a dozen runs affordable; each
+is still the real `main` with the real launcher, DeepSpeed engine and files.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.processes import leave  # noqa: E402
+from launch.sft import main  # noqa: E402
+
+for argv in json.loads(Path(sys.argv[-1]).read_text()):
+    main(argv)
+    gc.collect()
+leave()
