@@ -35,6 +35,12 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def say(text: str) -> None:
+    """To the user, once."""
+    if is_main():
+        print(text, flush=True)
+
+
 def leave() -> None:
     """Take the process group down, so that no rank outlives another with a warning."""
     if dist.is_initialized():

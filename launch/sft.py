@@ -16,34 +16,33 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from transformers.trainer_callback import PrinterCallback, ProgressCallback  # noqa: E402
+import torch
+import yaml
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch.callbacks import MetricsFile, Progress  # noqa: E402
-from launch.data.blanks import fill_to_multiple  # noqa: E402
-from launch.data.collate import PadToLongest  # noqa: E402
-from launch.data.load import describe_example, encode_examples, read_examples, training_texts  # noqa: E402
-from launch.deepspeed_config import deepspeed_config  # noqa: E402
-from launch.errors import UserError  # noqa: E402
-from launch.export import export  # noqa: E402
-from launch.model import load_model, load_tokenizer  # noqa: E402
-from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved  # noqa: E402
-from launch.processes import claim_output_dir, ensure_environment, is_main, leave, world_size  # noqa: E402
-from launch.samples import complete, shown  # noqa: E402
-from launch.trainer import SftTrainer  # noqa: E402
-from smoothing.hf import SmoothedLossCallback  # noqa: E402
+from launch.callbacks import MetricsFile, Progress
+from launch.data.blanks import fill_to_multiple
+from launch.data.collate import PadToLongest
+from launch.deepspeed_config import deepspeed_config
+from launch.errors import UserError
+from launch.export import export
+from launch.model import load_model
+from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
+from launch.prepare import load_data
+from launch.processes import claim_output_dir, ensure_environment, is_main, leave, say, world_size
+from launch.samples import complete, shown
+from launch.sanity import check_run
+from launch.trainer import SftTrainer
+from smoothing.hf import SmoothedLossCallback
 
 
 def main(argv: list[str]) -> None:
     options, training_values = parse_options(argv)
     ensure_environment()
     if options.sanity:
-        from launch.sanity import check_run
-
         sys.exit(check_run(options, training_values))
     args = training_arguments(options, training_values)
-    tokenizer, data = load_data(options, args)
+    tokenizer, data = load_data(options)
     args.output_dir = claim_output_dir(training_values.get("output_dir"), bool(args.resume_from_checkpoint))
     write_resolved(options, args)
     trainer = make_trainer(options, args, tokenizer, data)
@@ -66,18 +65,6 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
     )
     return args
-
-
-def load_data(options: SftOptions, args: SftTrainingArguments):
-    """Tokenizer and encoded rows; says what was found, what was dropped, and shows one row with its mask."""
-    examples = read_examples(options.data, options.eval_data, options.strict, options.eval_fraction)
-    tokenizer = load_tokenizer(options, lambda: training_texts(examples.train))
-    data = encode_examples(examples, tokenizer, options.max_length, options.strict)
-    say(f"data: {len(data.train):,} rows to train on, {len(data.heldout):,} held out, format {examples.format}")
-    for note in [*examples.notes, *data.report.summary().splitlines()]:
-        say(f"  {note}")
-    say(describe_example(data.train[0], tokenizer))
-    return tokenizer, data
 
 
 def make_trainer(options: SftOptions, args: SftTrainingArguments, tokenizer, data) -> SftTrainer:
@@ -122,12 +109,6 @@ def show_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
             file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     for sample in samples:
         say(shown(sample))
-
-
-def say(text: str) -> None:
-    """To the user, once."""
-    if is_main():
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train sanity test lint format clean
+
+help: ## Show these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
+
+setup: $(READY) ## Make .venv with everything, at the versions that were tested
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --constraint constraints.txt torch setuptools
+	pip install --quiet --constraint constraints.txt --editable '.[train,test,lint,plot]'
+	@touch $(READY)
+
+train: setup ## Run the embedded default: a small Llama, ten minutes, no GPU needed (ARGS="--tp 2 ...")
+	deepspeed launch/sft.py --smoothing 0.1 $(ARGS)
+
+sanity: setup ## Check a run on one device before a long one (ARGS="--recipe recipes/...")
+	python launch/sft.py --sanity $(ARGS)
+
+test: setup ## Run all tests
+	pytest $(ARGS)
+
+lint: setup ## Check style
+	ruff check
+	ruff format --check
+
+format: setup ## Apply style
+	ruff check --fix
+	ruff format
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
