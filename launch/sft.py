@@ -5,16 +5,15 @@ Fine-tunes a causal LM with a label-smoothed cross entropy whose vocabulary is s
 """
 
 import json
-import logging
-import os
 import sys
 from pathlib import Path
 
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+from launch.quiet import keep_quiet
+
+keep_quiet()
 
 import torch
 import yaml

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.processes import leave  # noqa: E402
-from launch.sft import main  # noqa: E402
+from launch.processes import leave
+from launch.sft import main
 
 for argv in json.loads(Path(sys.argv[-1]).read_text()):
     main(argv)

@@ -1,0 +1,22 @@
+"""Chatter of the libraries underneath, kept down to what a user needs. Import this before them."""
+
+import logging
+import os
+import sys
+import warnings
+
+
+def keep_quiet() -> None:
+    """Errors and this project's own words only; no progress bars into a file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # said by torch about DeepSpeed's calls, and by accelerate about the threads that ensure_environment sets
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()

@@ -1,0 +1,155 @@
+"""Flags over a recipe over defaults; every mistake is a sentence that names the key."""
+
+import json
+
+import pytest
+import yaml
+
+from launch.deepspeed_config import DS_CONFIGS, deepspeed_config
+from launch.errors import UserError
+from launch.options import DEFAULT_RECIPE, SftOptions, parse_options
+from launch.processes import claim_output_dir
+
+MODEL = ("--model", "somewhere")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**values) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+def test_nothing_said_is_the_embedded_default():
+    options, training = parse_options([])
+    said = yaml.safe_load(DEFAULT_RECIPE.read_text())
+    assert options.model_config == said["model_config"]
+    assert training["max_steps"] == said["max_steps"]
+
+
+def test_a_model_alone_is_not_given_the_default_recipe():
+    options, training = parse_options(MODEL)
+    assert options.recipe is None and options.model_config is None and training == {}
+
+
+def test_flags_override_the_recipe(recipe):
+    path = recipe(model="somewhere", smoothing=0.2, learning_rate=1e-3, max_steps=7)
+    options, training = parse_options(["--recipe", path, "--smoothing", "0.3", "--max_steps", "9"])
+    assert (options.smoothing, training["max_steps"], training["learning_rate"]) == (0.3, 9, 1e-3)
+
+
+def test_every_shipped_recipe_parses():
+    for path in DEFAULT_RECIPE.parent.glob("*.yaml"):
+        options, _ = parse_options(["--recipe", str(path)])
+        assert 0 < options.smoothing < 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"smothing": 0.1}, ("unknown key 'smothing'", "'smoothing'")),
+        ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
+        ({"smoothing": "much"}, ("smoothing", "much")),
+        ({"max_steps": "many"}, ("max_steps", "many")),
+        ({"smoothing": 1.5}, ("smoothing", "[0, 1]", "1.5")),
+        ({"label_smoothing_factor": 0.1}, ("label_smoothing_factor", "--smoothing")),
+        ({"head": "round"}, ("head", "round")),
+        ({"zero": 4}, ("zero", "4")),
+        ({"tp": 0}, ("tp", "0")),
+        ({"offload": True, "zero": 2}, ("offload", "--zero 3")),
+        ({"recipe": "other.yaml"}, ("recipe",)),
+        ({"model_config": {"model_type": "llama"}}, ("--model", "--model_config")),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_mistakes_in_a_recipe(recipe, values, words):
+    with pytest.raises(UserError) as fault:
+        parse_options(["--recipe", recipe(**{"model": "somewhere"} | values)])
+    for word in words:
+        assert word in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--smothing", "0.1"], "did you mean 'smoothing'"),
+        (["--label_smoothing_factor", "0.1"], "only smoothing knob"),
+        (["--label_smoothing_factor=0.1"], "only smoothing knob"),
+        (["--label-smoothing-factor", "0.1"], "only smoothing knob"),
+        (["train.jsonl"], "stands after no flag"),
+        (["--recipe", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["--model_config", "{"], "not JSON"),
+        (["--model_config", "[1]"], "JSON object"),
+    ],
+)
+def test_mistakes_in_flags(argv, word):
+    with pytest.raises(UserError, match=word):
+        parse_options(argv)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "\x00", "just text"])
+def test_a_recipe_that_is_not_one(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        parse_options(["--recipe", str(path)])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_built_in_deepspeed_configurations(zero, tp):
+    config = deepspeed_config(SftOptions(model="somewhere", zero=zero, tp=tp), None, world_size=4)
+    assert config["zero_optimization"]["stage"] == zero
+    assert config.get("tensor_parallel", {}).get("autotp_size", 1) == tp
+    # a value lives in one place: these are the recipe's
+    assert config["train_micro_batch_size_per_gpu"] == config["bf16"]["enabled"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "ranks", "word"),
+    [
+        ("{", {}, 1, "not a readable JSON"),
+        ("[]", {}, 1, "JSON object"),
+        ("{}", {"tp": 2}, 2, "autotp_size"),
+        ('{"tensor_parallel": {"autotp_size": 4}}', {"tp": 2}, 4, "autotp_size 4 and --tp says 2"),
+        ('{"tensor_parallel": {"autotp_size": 4}}', {}, 2, "does not divide"),
+        ("{}", {"zero": 1}, 1, "--zero"),
+    ],
+)
+def test_mistakes_in_a_deepspeed_file(tmp_path, content, options, ranks, word):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=word):
+        deepspeed_config(SftOptions(model="somewhere", **options), str(path), ranks)
+
+
+def test_tensor_parallelism_must_divide_the_processes():
+    with pytest.raises(UserError, match="tensor parallelism 2 does not divide the 3"):
+        deepspeed_config(SftOptions(model="somewhere", tp=2), None, 3)
+
+
+def test_a_file_of_ds_configs_takes_its_size_from_the_flag():
+    options = SftOptions(model="somewhere", tp=2)
+    config = deepspeed_config(options, str(DS_CONFIGS / "zero2_tp.json"), 2)
+    assert config["tensor_parallel"]["autotp_size"] == 2
+
+
+def test_every_ds_config_has_a_twin_with_tensor_parallelism():
+    for path in DS_CONFIGS.glob("*.json"):
+        if not path.stem.endswith("_tp"):
+            twin = json.loads((DS_CONFIGS / f"{path.stem}_tp.json").read_text())
+            assert twin["zero_optimization"]["stage"] == json.loads(path.read_text())["zero_optimization"]["stage"]
+            assert twin["tensor_parallel"]["vocab_parallel_lm_head"] is True
+
+
+def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = claim_output_dir(None, False), claim_output_dir(None, False)
+    assert (first, second) == ("runs/0001", "runs/0002")
+    (tmp_path / first / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        claim_output_dir(first, False)
+    assert claim_output_dir(first, True) == first
