@@ -34,6 +34,7 @@ def load_model(
     """The causal LM to train. Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks."""
     model = _loaded(options, dtype) if options.model is not None else _built(options, tokenizer, dtype, seed)
     _check_split(model.config, options.tp)
+    _check_vocabulary(model.config, tokenizer)
     model.config.use_cache = False
     return model
 
@@ -84,6 +85,15 @@ def _check_split(config, tp: int) -> None:
     heads = getattr(config.get_text_config(), "num_attention_heads", None)
     if heads is not None and tp > heads:
         raise UserError(f"--tp {tp} is more than the model's {heads} attention heads; use at most {heads}")
+
+
+def _check_vocabulary(config, tokenizer: PreTrainedTokenizerBase) -> None:
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {size}; resize the model's "
+            "embeddings, or take the tokenizer that came with it"
+        )
 
 
 def _first_line(fault: Exception) -> str:
