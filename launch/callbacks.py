@@ -1,6 +1,7 @@
 """What a run shows and writes while it trains, on rank 0: a progress bar, a line a log, `metrics.jsonl`."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,12 +23,27 @@ WRITTEN = {
 }
 
 
+class ResolvedDeepSpeed(TrainerCallback):
+    """Writes `deepspeed.json`, once Trainer has put the recipe's values where the file says "auto"."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            config = json.dumps(args.hf_deepspeed_config.config, indent=2, default=str)
+            (Path(args.output_dir) / "deepspeed.json").write_text(config + "\n", encoding="utf-8")
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
 class MetricsFile(TrainerCallback):
     """Appends one JSON object to `metrics.jsonl` for every logged step and every evaluation."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and ("loss" in logs or "eval_nll" in logs):
-            row = {"step": state.global_step} | {name: logs[key] for key, name in WRITTEN.items() if key in logs}
+            row = {name: finite(logs[key]) for key, name in WRITTEN.items() if key in logs}
+            row = {"step": state.global_step} | row
             with (Path(args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -10,15 +10,21 @@ DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 DEFAULT_STAGE = 1
 
 
-def deepspeed_config(options: SftOptions, path: str | None, world_size: int) -> dict:
+def deepspeed_config(options: SftOptions, path: str | None, world_size: int | None) -> dict:
     """The configuration, with `tensor_parallel.autotp_size` filled in, and `options.tp` set to what it says.
 
     Batch sizes, learning rate and precision stay `"auto"`: they are the recipe's. Raises `UserError` for a file
-    that cannot be read, contradicts `--tp` or `--zero`, or asks for more tensor-parallel ranks than there are.
+    that cannot be read, contradicts `--tp` or `--zero`, or asks for more tensor-parallel ranks than there are
+    (`world_size`; None where the run is only looked at).
     """
     config = _read(path, options) if path else _built_in(options)
+    for key in ("tensor_parallel", "zero_optimization"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"--deepspeed {path}: {key} must be an object, got {config[key]!r}")
     tensor_parallel = config.get("tensor_parallel", {})
     size = tensor_parallel.get("autotp_size", 1)
+    if size != "auto" and (not isinstance(size, int) or isinstance(size, bool)):
+        raise UserError(f'--deepspeed {path}: autotp_size must be an integer or "auto", got {size!r}')
     if size == "auto":
         size = tensor_parallel["autotp_size"] = options.tp
     if size > 1 and options.tp not in (1, size):
@@ -30,7 +36,7 @@ def deepspeed_config(options: SftOptions, path: str | None, world_size: int) -> 
     options.tp = max(1, size)
     if options.tp == 1:
         config.pop("tensor_parallel", None)
-    if world_size % options.tp:
+    if world_size is not None and world_size % options.tp:
         raise UserError(
             f"tensor parallelism {options.tp} does not divide the {world_size} process(es) of this run; start "
             f"{options.tp} or a multiple of it (deepspeed --num_gpus {options.tp} launch/sft.py ...)"

@@ -1,10 +1,10 @@
 """The trained model, consolidated from all ranks, as Hugging Face's `from_pretrained` wants it."""
 
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from launch.processes import from_main
 
@@ -24,9 +24,10 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: str
         model.config.use_cache = True
         # ZeRO 3 gathers tied weights one by one, as copies; from_pretrained ties them again
         once = {name: weight for name, weight in weights.items() if name not in tied_names(model)}
+        assert_complete(once, type(model), model.config)
+        shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=once)
         tokenizer.save_pretrained(partial)
-        assert_complete(partial, type(model))
         partial.rename(final)
 
     from_main(write)
@@ -38,19 +39,14 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
 
 
-def assert_complete(directory: Path, model_class: type) -> None:
-    """Hold the shapes in the files' headers to those of a model built from the configuration beside them."""
+def assert_complete(weights: dict[str, torch.Tensor], model_class: type, config) -> None:
+    """Hold the consolidated weights' names and shapes to those of a model built anew from the configuration."""
     with torch.device("meta"):
         # the class itself: under ZeRO 3 `from_config` would partition the model, with collectives, on this rank alone
-        model = model_class(AutoConfig.from_pretrained(directory))
+        model = model_class(config)
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    written = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            written |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    missing = wanted.keys() - written.keys() - tied_names(model)
-    wrong = {name: (shape, wanted.get(name)) for name, shape in written.items() if wanted.get(name) != shape}
+    got = {name: tuple(weight.shape) for name, weight in weights.items()}
+    missing = wanted.keys() - got.keys() - tied_names(model)
+    wrong = {name: (shape, wanted.get(name)) for name, shape in got.items() if wanted.get(name) != shape}
     if missing or wrong:
-        raise RuntimeError(
-            f"the export in {directory} is not whole: missing {sorted(missing)}, (got, expected) {wrong}"
-        )
+        raise RuntimeError(f"the weights to export are not whole: missing {sorted(missing)}, (got, expected) {wrong}")

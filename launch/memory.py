@@ -22,7 +22,6 @@ class Setup:
     layers: int
     vocab: int
     tokens: int
-    label_tokens: int
     tensor_parallel: int
     data_parallel: int
     zero: int

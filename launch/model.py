@@ -1,8 +1,10 @@
 """The model and tokenizer of a run: loaded, or built from a configuration and trained on the data."""
 
+import difflib
 from contextlib import contextmanager
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import deepspeed_config
 
@@ -74,10 +76,20 @@ def _built(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -> Pre
     try:
         values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | special | values
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError) as fault:
+        _check_keys(options.model_config, type(config))
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, StrictDataclassError) as fault:
         raise UserError(f"--model_config: {_first_line(fault)}") from None
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _check_keys(given: dict, config_class: type) -> None:
+    """transformers takes a misspelt key in silence, and the model is not the one that was asked for."""
+    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    for name in given.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"--model_config: unknown key {name!r} for {config_class.model_type}{hint}")
 
 
 def _check_split(config, tp: int) -> None:
@@ -97,4 +109,4 @@ def _check_vocabulary(config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _first_line(fault: Exception) -> str:
-    return str(fault).strip().splitlines()[0]
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]

@@ -91,6 +91,8 @@ class SftTrainingArguments(TrainingArguments):
     prediction_loss_only: bool = True
     remove_unused_columns: bool = True
     average_tokens_across_devices: bool = True
+    metric_for_best_model: str | None = "eval_nll"
+    greater_is_better: bool | None = False
 
 
 def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict]:
@@ -102,6 +104,9 @@ def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict]:
     flags = _parse(argv, "command line")
     recipe = _recipe_path(flags)
     values = _parse(_recipe_argv(recipe), str(recipe)) if recipe else {}
+    for given, other in (("model", "model_config"), ("model_config", "model")):
+        if given in flags:
+            values.pop(other, None)  # a flag for one source of the model overrides a recipe's other one
     values |= flags
     values["recipe"] = str(recipe) if recipe else None
     own = {f.name for f in fields(SftOptions)}
@@ -110,11 +115,14 @@ def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict]:
     return options, {name: value for name, value in values.items() if name not in own}
 
 
-def resolved(options: SftOptions, training: TrainingArguments) -> dict:
-    """Every value of this run that is not `TrainingArguments`' own default, to be written beside it."""
+def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | None) -> dict:
+    """What this run was told, as a recipe that says it again; `deepspeed`: the user's own file, if any."""
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     changed = {name: value for name, value in training.to_dict().items() if defaults.get(name, MISSING) != value}
-    return asdict(options) | {name: value for name, value in changed.items() if name != "deepspeed"}
+    # of this machine or this run alone, secret, or an argument that is no value
+    derived = {"recipe", "sanity", "output_dir", "hub_token", "use_cpu", "dataloader_pin_memory"}
+    values = asdict(options) | changed | {"deepspeed": deepspeed}
+    return {name: v for name, v in values.items() if name not in derived and v is not None and v != []}
 
 
 class _Parser(HfArgumentParser):

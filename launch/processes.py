@@ -48,16 +48,20 @@ def leave() -> None:
 
 
 def from_main(compute):
-    """`compute()` on rank 0, its value everywhere; a `UserError` there is raised everywhere."""
-    box = [None, None]
+    """`compute()` on rank 0, its value everywhere. What it raises there, every rank raises as a `UserError`."""
+    box, failure = [None, None], None
     if is_main():
         try:
             box[0] = compute()
         except UserError as fault:
             box[1] = str(fault)
+        except Exception as fault:  # the others wait in the broadcast: tell them first
+            failure, box[1] = fault, f"rank 0 failed: {fault}"
     if dist.is_initialized() and dist.get_world_size() > 1:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
         dist.broadcast_object_list(box, src=0, device=device)
+    if failure is not None:
+        raise failure
     if box[1] is not None:
         raise UserError(box[1])
     return box[0]
@@ -76,6 +80,8 @@ def _claim(path: Path, resuming: bool) -> str:
         raise UserError(f"--output_dir {path} is a file; name a directory")
     if path.exists() and any(path.iterdir()) and not resuming:
         raise UserError(f"--output_dir {path} already holds a run; name another directory, or move this one away")
+    if (path / "model").exists():
+        raise UserError(f"--output_dir {path} already holds an exported model; move {path / 'model'} away to resume")
     path.mkdir(parents=True, exist_ok=True)
     return str(path)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from launch.data.collate import PadToLongest
+from launch.deepspeed_config import deepspeed_config
 from launch.errors import UserError
 from launch.memory import Setup, estimate
 from launch.model import load_model
@@ -59,6 +60,8 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     if world_size() > 1:
         raise UserError(f"--sanity runs on one device, but {world_size()} processes were started; start one")
     start = time.monotonic()
+    config = deepspeed_config(options, training_values.get("deepspeed"), None)
+    stage = config["zero_optimization"]["stage"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say(hardware(device))
     tokenizer, data = load_data(options)
@@ -74,7 +77,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
         *check_installed(model, batch, options),
         check_split(head_input, max(2, options.tp)),
         check_overfit(model, batch, options),
-        *memory_rows(model, batch, options, training_values),
+        *memory_rows(model, options, training_values, stage),
         Check("time", f"{time.monotonic() - start:.0f} s"),
     ]
     show(checks)
@@ -151,12 +154,14 @@ def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> lis
     """The model with each loss installed says what the reference says of its own logits."""
     checks = []
     model.train()
+    torch.manual_seed(0)  # here and below: the same dropout masks, where a model has dropout
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     target = shifted(batch["labels"], -100).flatten()
     truth = torch_cross_entropy(logits.flatten(0, 1).double(), target, options.smoothing).item()
     tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
     for head in dict.fromkeys((options.head, "sharded", "dense")):
+        torch.manual_seed(0)
         with install_smoothed_loss(model, label_smoothing=options.smoothing, head=head), torch.no_grad():
             loss = model(**batch).loss.item()
         error = abs(loss - truth) / abs(truth)
@@ -170,7 +175,10 @@ def check_split(given: HeadInput, ranks: int) -> Check:
     truth, *_ = _with_gradients(_plain, given, torch.float64)
     logits = F.linear(given.hidden_TH, given.weight_VH).float().cpu()
     plain = _error(F.cross_entropy(logits, given.target_T.cpu(), label_smoothing=given.smoothing), truth.cpu())
-    losses, grad_error = simulate_split(logits, given.target_T.cpu(), given.smoothing, ranks)
+    try:
+        losses, grad_error = simulate_split(logits, given.target_T.cpu(), given.smoothing, ranks)
+    except RuntimeError as fault:
+        return Check(f"split over {ranks} ranks", str(fault), "", False)
     error = max(_error(torch.tensor(loss, dtype=torch.float64), truth.cpu()) for loss in losses)
     bound = 2 * plain + 4 * torch.finfo(torch.float32).eps
     alike = len(set(losses)) == 1
@@ -205,11 +213,10 @@ def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check
     return Check("overfits one batch", figure, "half", nll[-1] < nll[0] / 2)
 
 
-def memory_rows(model, batch: dict[str, Tensor], options: SftOptions, training_values: dict) -> list[Check]:
+def memory_rows(model, options: SftOptions, training_values: dict, stage: int) -> list[Check]:
     """The estimate for the full run, for one and for eight data-parallel ranks."""
     config = model.config.get_text_config()
     rows = micro_batch(training_values)
-    share = (batch["labels"] != -100).float().mean().item()
     checks = []
     for data_parallel in (1, 8):
         setup = Setup(
@@ -218,12 +225,11 @@ def memory_rows(model, batch: dict[str, Tensor], options: SftOptions, training_v
             layers=config.num_hidden_layers,
             vocab=config.vocab_size,
             tokens=rows * options.max_length,
-            label_tokens=int(rows * options.max_length * share),
             tensor_parallel=options.tp,
             data_parallel=data_parallel,
-            zero=1 if options.zero is None else options.zero,
+            zero=stage,
             offload=options.offload,
-            low_precision=bool(training_values.get("bf16")),
+            low_precision=bool(training_values.get("bf16") or training_values.get("fp16")),
             checkpointing=bool(training_values.get("gradient_checkpointing")),
             head=options.head,
         )

@@ -11,15 +11,17 @@ from pathlib import Path
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.quiet import keep_quiet
+from launch.preload import keep_quiet, share_cores
 
+share_cores()
 keep_quiet()
 
 import torch
 import yaml
+from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch.callbacks import MetricsFile, Progress
+from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.data.blanks import fill_to_multiple
 from launch.data.collate import PadToLongest
 from launch.deepspeed_config import deepspeed_config
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> None:
     args = training_arguments(options, training_values)
     tokenizer, data = load_data(options)
     args.output_dir = claim_output_dir(training_values.get("output_dir"), bool(args.resume_from_checkpoint))
-    write_resolved(options, args)
+    write_resolved(options, args, training_values.get("deepspeed"))
     trainer = make_trainer(options, args, tokenizer, data)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     show_samples(trainer, tokenizer, data.heldout, options.samples)
@@ -59,11 +61,24 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
         args = SftTrainingArguments(**values)
     except (ValueError, TypeError) as fault:
         raise UserError(str(fault)) from None
+    check_arguments(args)
     say(
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
     )
     return args
+
+
+def check_arguments(args: SftTrainingArguments) -> None:
+    """What would otherwise end in a traceback after data and model are loaded."""
+    if args.hf_deepspeed_config.mismatches:
+        lines = "\n".join(args.hf_deepspeed_config.mismatches)
+        raise UserError(f'the DeepSpeed file says other values than the recipe; set them to "auto" there:\n{lines}')
+    if args.fp16 and not get_accelerator().is_fp16_supported():
+        raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {checkpoint} holds no checkpoint; name a checkpoint-N directory")
 
 
 def make_trainer(options: SftOptions, args: SftTrainingArguments, tokenizer, data) -> SftTrainer:
@@ -88,16 +103,16 @@ def make_trainer(options: SftOptions, args: SftTrainingArguments, tokenizer, dat
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(Progress())
     trainer.add_callback(MetricsFile())
+    trainer.add_callback(ResolvedDeepSpeed())
     return trainer
 
 
-def write_resolved(options: SftOptions, args: SftTrainingArguments) -> None:
-    """The resolved recipe and DeepSpeed configuration, beside the run."""
+def write_resolved(options: SftOptions, args: SftTrainingArguments, deepspeed: str | None) -> None:
+    """The resolved recipe, beside the run."""
     if is_main():
-        run = Path(args.output_dir)
-        (run / "recipe.yaml").write_text(yaml.safe_dump(resolved(options, args), sort_keys=True), encoding="utf-8")
-        (run / "deepspeed.json").write_text(json.dumps(args.deepspeed, indent=2) + "\n", encoding="utf-8")
-        say(f"run: {run}")
+        text = yaml.safe_dump(resolved(options, args, deepspeed), sort_keys=True)
+        (Path(args.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
+        say(f"run: {args.output_dir}")
 
 
 def show_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
@@ -117,5 +132,4 @@ if __name__ == "__main__":
         if is_main():
             print(f"error: {fault}", file=sys.stderr, flush=True)
         sys.exit(2)
-    finally:
-        leave()
+    leave()  # not after an exception: another rank may still be in a collective

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -34,21 +35,23 @@ def simulate_split(logits_TV: Tensor, target_T: Tensor, smoothing: float, ranks:
 
 
 def _start(ranks: int, folder: str) -> None:
-    """Each rank in a process that imports this module alone; none is waited for once one has failed."""
+    """Each rank in a process that imports this module alone; once one has failed the others are killed."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "launch.simulate", str(ranks), folder]
     started = [
         subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(ranks)
     ]
-    try:
-        faults = [process.communicate(timeout=TIME_LIMIT)[1] for process in started]
-    except subprocess.TimeoutExpired:
-        faults = [f"no answer within {TIME_LIMIT} s"]
-    finally:
-        for process in started:
-            process.kill()
-    if any(process.returncode for process in started):
-        raise RuntimeError("the simulated split failed:\n" + "\n".join(faults))
+    deadline = time.monotonic() + TIME_LIMIT
+    while any(process.poll() is None for process in started):
+        if any(process.poll() for process in started) or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    states = [process.poll() for process in started]
+    for process in started:
+        process.kill()
+    if any(state != 0 for state in states):
+        failed = [process.communicate()[1] for process, state in zip(started, states, strict=True) if state]
+        raise RuntimeError("\n".join(failed) or f"no answer within {TIME_LIMIT} s")
 
 
 def _one_rank(rank: int, ranks: int, folder: str) -> None:

@@ -58,8 +58,7 @@ class SftTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
-        self._last_log = time.monotonic()
-        self._eval_seconds = 0.0
+        self._last_log, self._eval_seconds = time.monotonic(), 0.0
         self.add_callback(Stage0GradNorm(self))
 
     def count(self, stats: TokenStats) -> None:

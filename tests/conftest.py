@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/preload.py
+
 import pytest
 from ranks import pool
 

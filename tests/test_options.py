@@ -1,13 +1,14 @@
 """Flags over a recipe over defaults; every mistake is a sentence that names the key."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import yaml
 
 from launch.deepspeed_config import DS_CONFIGS, deepspeed_config
 from launch.errors import UserError
-from launch.options import DEFAULT_RECIPE, SftOptions, parse_options
+from launch.options import DEFAULT_RECIPE, SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.processes import claim_output_dir
 
 MODEL = ("--model", "somewhere")
@@ -39,6 +40,22 @@ def test_flags_override_the_recipe(recipe):
     path = recipe(model="somewhere", smoothing=0.2, learning_rate=1e-3, max_steps=7)
     options, training = parse_options(["--recipe", path, "--smoothing", "0.3", "--max_steps", "9"])
     assert (options.smoothing, training["max_steps"], training["learning_rate"]) == (0.3, 9, 1e-3)
+
+
+def test_a_model_given_as_a_flag_replaces_the_recipes_configuration(recipe):
+    path = recipe(model_config={"model_type": "llama"}, max_steps=3)
+    options, training = parse_options(["--recipe", path, *MODEL])
+    assert options.model == "somewhere" and options.model_config is None and training["max_steps"] == 3
+
+
+def test_the_resolved_recipe_says_the_run_again(recipe):
+    argv = ["--smoothing", "0.2", "--report_to", "tensorboard", "--max_steps", "5", "--tp", "2"]
+    options, training = parse_options(argv)
+    written = resolved(options, SftTrainingArguments(output_dir="here", use_cpu=True, **training), None)
+    again, training_again = parse_options(["--recipe", recipe(**written)])
+    assert asdict(again) | {"recipe": None} == asdict(options) | {"recipe": None}
+    assert training_again.items() >= {"max_steps": 5, "learning_rate": training["learning_rate"]}.items()
+    assert "output_dir" not in training_again
 
 
 def test_every_shipped_recipe_parses():
@@ -117,6 +134,9 @@ def test_built_in_deepspeed_configurations(zero, tp):
         ('{"tensor_parallel": {"autotp_size": 4}}', {"tp": 2}, 4, "autotp_size 4 and --tp says 2"),
         ('{"tensor_parallel": {"autotp_size": 4}}', {}, 2, "does not divide"),
         ("{}", {"zero": 1}, 1, "--zero"),
+        ('{"tensor_parallel": null}', {}, 1, "tensor_parallel must be an object"),
+        ('{"zero_optimization": 2}', {}, 1, "zero_optimization must be an object"),
+        ('{"tensor_parallel": {"autotp_size": "2"}}', {}, 2, "autotp_size must be an integer"),
     ],
 )
 def test_mistakes_in_a_deepspeed_file(tmp_path, content, options, ranks, word):

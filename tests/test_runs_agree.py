@@ -52,6 +52,8 @@ SETUPS = [
     (2, 2, 1, 2, ""),
     (2, 2, 2, 3, ""),
     (2, 2, 1, 1, "--head dense"),
+    (4, 2, 1, 1, ""),
+    (4, 2, 2, 3, ""),
 ]
 
 
@@ -63,12 +65,12 @@ def name(setup, tied: bool) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """All runs, done once: three launches, by number of ranks and tensor parallelism."""
+    """All runs, done once: four launches, by number of ranks and tensor parallelism."""
     folder = tmp_path_factory.mktemp("runs")
     _write_data(folder)
     for tied in (False, True):
         _write_model(folder, tied)
-    for ranks, tp in ((1, 1), (2, 1), (2, 2)):
+    for ranks, tp in ((1, 1), (2, 1), (2, 2), (4, 2)):
         todo = [(s, tied) for s in SETUPS if s[:2] == (ranks, tp) for tied in (False, True)]
         _launch(folder, ranks, [_arguments(folder, *what) for what in todo])
     return folder
