@@ -11,6 +11,7 @@ GIB = 2**30
 # norms and activation function, with attention that keeps no score matrix.
 KEPT_PER_LAYER = 34 / 2
 KEPT_PER_CHECKPOINTED_LAYER = 1
+CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,18 @@ def estimate(setup: Setup) -> dict[str, float]:
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
-        "logits": _logits(setup, bytes_),
+        "head": _head(setup, bytes_),
     }
     return {name: size / GIB for name, size in parts.items()} | {"total": sum(parts.values()) / GIB}
 
 
-def _logits(setup: Setup, bytes_: int) -> float:
-    """Logits and their gradient at the head, which is where memory peaks for a large vocabulary."""
+def _head(setup: Setup, bytes_: int) -> float:
+    """What the head holds beside its weight and gradient, which is where memory peaks for a large vocabulary."""
     if setup.head == "dense":
         # gathered, in fp32, with their log-softmax and gradient
         return setup.tokens * setup.vocab * (bytes_ + 3 * 4)
     if setup.head == "sharded":
         return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * bytes_
-    return 0.0
+    # a chunk's logits, twice over while the next is computed, and the weight's gradient summed in fp32
+    weight = setup.vocab / setup.tensor_parallel * setup.hidden * 4
+    return 2 * max(CHUNK_BYTES, weight / 8) + (weight if setup.low_precision else 0.0)

@@ -27,11 +27,12 @@ class SftOptions:
 
     smoothing: float = field(default=0.1, metadata={"help": "Label smoothing, in [0, 1]."})
     head: str = field(
-        default="sharded",
+        default="fused",
         metadata={
-            "help": "Where the loss is taken. sharded: each rank's own logits, never gathered. "
+            "help": "Where the loss is taken. fused: from hidden states, without logits. "
+            "sharded: each rank's own logits, never gathered. "
             "dense: gathered logits and F.cross_entropy, the baseline to compare with.",
-            "choices": ["sharded", "dense"],
+            "choices": ["fused", "sharded", "dense"],
         },
     )
     model: str | None = field(

@@ -15,6 +15,17 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def skip_shared_memory_op() -> None:
+    """Do without the C++ op that DeepSpeed builds at its first start on a CPU, for all-reduces of inference alone.
+
+    Building it takes a compiler and minutes, and a start that is interrupted meanwhile leaves a lock behind that every
+    later one waits on without end.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def keep_quiet() -> None:
     """Errors and this project's own words only; no progress bars into a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -24,8 +24,8 @@ from launch.options import SftOptions, SftTrainingArguments
 from launch.prepare import load_data
 from launch.processes import say, world_size
 from launch.simulate import simulate_split
-from smoothing import install_smoothed_loss, vocab_parallel_cross_entropy
-from smoothing.install import shifted
+from smoothing import install_smoothed_loss, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from smoothing.install import HEADS, shifted
 from smoothing.reference import hf_label_smoother, onehot_cross_entropy, torch_cross_entropy
 
 LABEL_TOKENS = 256  # compared with the reference; an fp64 gradient of a large vocabulary takes its time
@@ -134,7 +134,10 @@ def heads() -> dict:
     def sharded(hidden, weight, target, epsilon):
         return vocab_parallel_cross_entropy(F.linear(hidden, weight), target, label_smoothing=epsilon)
 
-    return {"sharded": sharded}
+    def fused(hidden, weight, target, epsilon):
+        return vocab_parallel_linear_cross_entropy(hidden, weight, target, label_smoothing=epsilon)
+
+    return {"fused": fused, "sharded": sharded}
 
 
 def check_heads(given: HeadInput) -> list[Check]:
@@ -160,7 +163,7 @@ def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> lis
     target = shifted(batch["labels"], -100).flatten()
     truth = torch_cross_entropy(logits.flatten(0, 1).double(), target, options.smoothing).item()
     tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
-    for head in dict.fromkeys((options.head, "sharded", "dense")):
+    for head in HEADS:
         torch.manual_seed(0)
         with install_smoothed_loss(model, label_smoothing=options.smoothing, head=head), torch.no_grad():
             loss = model(**batch).loss.item()

@@ -11,10 +11,11 @@ from pathlib import Path
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.preload import keep_quiet, share_cores
+from launch.preload import keep_quiet, share_cores, skip_shared_memory_op
 
 share_cores()
 keep_quiet()
+skip_shared_memory_op()
 
 import torch
 import yaml

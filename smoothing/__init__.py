@@ -2,6 +2,7 @@
 
 from smoothing.call import TokenStats
 from smoothing.install import install_smoothed_loss
+from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import smoothed_cross_entropy, vocab_parallel_cross_entropy
 from smoothing.shard import VocabShard
 
@@ -11,4 +12,5 @@ __all__ = [
     "install_smoothed_loss",
     "smoothed_cross_entropy",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

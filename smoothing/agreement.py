@@ -2,29 +2,26 @@
 
 Each loss sends a header of eight int64 (64 bytes) in front of its statistics, in the same all-gather, so a
 rank whose arguments are wrong still takes part, and every other rank learns of it in the very collective
-that it would otherwise have waited in. The bounds of a vocabulary are exchanged once more, alone and before
-anything else, the first time a group meets with them: only then can ranks with different numbers of tokens
-be told so (afterwards such a call ends in an error of the backend).
+that it would otherwise have waited in. The first time a shard is used the headers are exchanged once more, alone
+and before anything else: only then can ranks with different numbers of tokens be told so (afterwards such a call
+ends in an error of the backend).
 
 On the CPU headers are read in every call. On a device that would be a host synchronisation a step, so they
 are compared there and `torch._assert_async` ends the step if they differ.
 """
 
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from smoothing.collectives import all_gather
+from smoothing.collectives import all_gather, start_all_gather
 from smoothing.options import bits_float, float_bits
 from smoothing.shard import VocabShard
 
 HEADER_FIELDS = 8
 PRIOR_MASS_TOLERANCE = 1e-4
-
-_met: "weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple[int, int, int]]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -60,18 +57,32 @@ class Header:
 
 
 def meet_once(header_H: Tensor, shard: VocabShard) -> None:
-    """Exchange the headers alone, the first time that this group meets with these bounds.
+    """Exchange the headers alone, the first time that this shard is used: keep a shard, and it is done once.
 
     Raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree.
-    Collectives: one all-gather of 64 bytes a rank, once for each group and bounds; none with one rank.
+    Collectives: one all-gather of 64 bytes a rank, once for each `VocabShard`; none with one rank. Remembering bounds
+    instead would part the ranks when a vocabulary is cut anew and some of them keep theirs.
     """
-    if shard.world_size == 1:
-        return
-    bounds = (shard.start, shard.stop, shard.vocab_size)
-    if bounds in _met.setdefault(shard.group, set()):
+    if shard.world_size == 1 or shard.met:
         return
     raise_disagreement(all_gather(header_H, shard), shard.rank)
-    _met[shard.group].add(bounds)
+    shard.note_met()
+
+
+def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Tensor]:
+    """Send the header alone, whatever was agreed on before; calling what is returned gives all ranks' `[R, 8]`.
+
+    That call raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree; it reads
+    the headers on the host. Collectives: one all-gather of 64 bytes a rank, none with one rank.
+    """
+    wait = start_all_gather(header_H, shard)
+
+    def headers() -> Tensor:
+        headers_RH = wait()
+        raise_disagreement(headers_RH, shard.rank)
+        return headers_RH
+
+    return headers
 
 
 def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ class LossCall:
     prior: Tensor | None  # [K], in the statistics' dtype
     statistics_dtype: torch.dtype
     input_dtype: torch.dtype
+    alike: tuple = ()  # whatever else the ranks must have alike
 
     @property
     def soft(self) -> bool:
@@ -73,7 +75,7 @@ class LossCall:
 
     def header(self, refused: bool = False) -> Tensor:
         """This rank's header (see `agreement`), on the target's device."""
-        extra = (self.input_dtype, self.soft, self.prior is not None)
+        extra = (self.input_dtype, self.soft, self.prior is not None, *self.alike)
         uniform_mass = 0.0 if refused else self.shard.real_size / self.shard.vocab_size
         header = Header(
             refused=refused,
@@ -85,7 +87,7 @@ class LossCall:
             digest=self.options.digest(*extra),
             prior_mass=uniform_mass,
         )
-        header_H = torch.tensor(header.encode(), dtype=torch.int64, device=self.target.device)
+        header_H = torch.tensor(header.encode(), dtype=torch.int64).to(self.target.device, non_blocking=True)
         if self.prior is not None:
             header_H[7] = self.prior.sum(dtype=torch.float64).view(torch.int64)
         if not refused and not self.soft and header_H.device.type != "cpu":
@@ -102,12 +104,23 @@ class LossCall:
         agreement.meet_once(header_H, self.shard)
         stats_RFT, headers_RH = agreement.exchange(own.stack(), header_H, self.shard)
         agreement.check(headers_RH, self.shard.rank)
-        starts_R = headers_RH[:, 1].contiguous()
+        return self.combine(stats_RFT, headers_RH)
+
+    def combine(self, stats_RFT: Tensor, headers_RH: Tensor, tokens=slice(None), with_prior: bool = True) -> Combined:
+        """All ranks' statistics of these tokens added up."""
         owner_T = None
         if not self.soft:
-            owner_T = torch.bucketize(self.target.clamp(0, self.shard.vocab_size - 1), starts_R, right=True) - 1
-        prior_mass_R = headers_RH[:, 7].contiguous().view(torch.float64)
+            starts_R = headers_RH[:, 1].contiguous()
+            label_T = self.target[tokens].clamp(0, self.shard.vocab_size - 1)
+            owner_T = torch.bucketize(label_T, starts_R, right=True) - 1
+        prior_mass_R = headers_RH[:, 7].contiguous().view(torch.float64) if with_prior else None
         return combine(stats_RFT, owner_T, prior_mass_R)
+
+    def refuse_meeting(self, fault: str) -> None:
+        """`refuse` for a head whose ranks meet alone in every call (`agreement.start_meeting`)."""
+        with suppress(ValueError):  # the meeting tells this rank what it already knows
+            agreement.start_meeting(self.header(refused=True), self.shard)()
+        raise ValueError(fault)
 
     def refuse(self, fault: str) -> None:
         """Raise `ValueError(fault)` here, and let no other rank wait: it learns in its own collective."""
@@ -140,8 +153,9 @@ class LossCall:
         if self.options.reduction == "sum":
             return loss_T.sum()
         items = self.valid_T.sum() if num_items_in_batch is None else num_items_in_batch
-        items = torch.as_tensor(items, device=loss_T.device, dtype=loss_T.dtype)
-        return loss_T.sum() / items.clamp(min=1)
+        if isinstance(items, Tensor):
+            return loss_T.sum() / items.to(loss_T.device, loss_T.dtype).clamp(min=1)
+        return loss_T.sum() / max(items, 1)
 
 
 def refused_call(tokens: int, device, shard: VocabShard) -> LossCall:

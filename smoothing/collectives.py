@@ -1,4 +1,6 @@
-"""The one collective of this package's losses."""
+"""The collectives of this package's losses: gathers of statistics, and sums of what each shard contributes."""
+
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +13,32 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 def all_gather(message: Tensor, shard: VocabShard) -> Tensor:
     """Every rank's `message` (of one shape), flat: `[R, n]`. Collectives: one all-gather."""
+    return start_all_gather(message, shard)()
+
+
+def start_all_gather(message: Tensor, shard: VocabShard) -> Callable[[], Tensor]:
+    """Send `message` off; calling what is returned waits, and gives every rank's, flat: `[R, n]`.
+
+    Collectives: one all-gather, none with one rank.
+    """
+    if shard.world_size == 1:
+        return lambda: message.reshape(1, -1)
     messages = message.new_empty(shard.world_size * message.numel())  # gloo takes it flat only
-    _all_gather(messages, message.contiguous().view(-1), group=shard.group)
-    return messages.view(shard.world_size, -1)
+    sent = message.contiguous().view(-1)
+    work = _all_gather(messages, sent, group=shard.group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return messages.view(shard.world_size, sent.numel())
+
+    return wait
+
+
+def start_all_reduce(part: Tensor, shard: VocabShard) -> Callable[[], object]:
+    """Begin to sum the ranks' contiguous `part` in place; it holds the sum once the returned call has returned.
+
+    Collectives: one all-reduce, none with one rank.
+    """
+    if shard.world_size == 1:
+        return lambda: None
+    return dist.all_reduce(part, group=shard.group, async_op=True).wait

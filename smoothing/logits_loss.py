@@ -46,7 +46,7 @@ def vocab_parallel_cross_entropy(
     Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
     arguments are wrong or the ranks' differ (targets on a device: a device-side assertion).
     Collectives: forward one all-gather of 16 bytes a token (20 with probabilities) and 64 a call from each rank,
-    and once for each group and bounds one of 64 bytes; backward none.
+    and once for each `VocabShard` one of 64 bytes; backward none.
     Source: Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
@@ -57,15 +57,16 @@ def vocab_parallel_cross_entropy(
         refused_call(leading.numel(), logits.device, shard).refuse(fault)
     statistics_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     call = LossCall(
-        target=target.reshape(-1, width) if target.is_floating_point() else target.reshape(-1),
+        target=target.reshape(leading.numel(), width) if target.is_floating_point() else target.reshape(-1),
         shard=shard,
         options=options,
         prior=None if smoothing_prior is None else smoothing_prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=logits.dtype,
     )
+    logits_TS = logits.reshape(leading.numel(), width)
     with torch.autocast(logits.device.type, enabled=False):
-        loss_T, *stats = _LogitsLoss.apply(logits.reshape(-1, width), call, inplace_backward, return_stats)
+        loss_T, *stats = _LogitsLoss.apply(logits_TS, call, inplace_backward, return_stats)
     loss = call.reduce(loss_T, leading, num_items_in_batch)
     return (loss, TokenStats(*(x.view(leading) if x is not None else None for x in stats))) if return_stats else loss
 

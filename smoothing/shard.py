@@ -1,6 +1,6 @@
 """Which rows of the vocabulary a rank holds: integers, and the group that holds the rest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch.distributed as dist
@@ -20,6 +20,8 @@ class VocabShard:
     stop: int
     vocab_size: int
     group: dist.ProcessGroup | None = None
+    # whether the ranks have agreed on their shards (see `agreement.meet_once`)
+    met: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.group is None and (fault := self.fault() or self._uncovered()):
@@ -49,6 +51,10 @@ class VocabShard:
         size, more = divmod(vocab_size, world_size)
         starts = [rank * size + min(rank, more) for rank in range(world_size + 1)]
         return list(pairwise(starts))
+
+    def note_met(self) -> None:
+        """Remember that the ranks have agreed on their shards."""
+        object.__setattr__(self, "met", True)
 
     @property
     def size(self) -> int:

@@ -16,19 +16,23 @@ from torch import Tensor
 
 
 class ShardStatistics(NamedTuple):
-    """One rank's statistics, each `[T]`; `label_mass` (Σ p_v) only with labels that are distributions."""
+    """One rank's statistics, each `[T]`.
+
+    `label_mass` (Σ p_v) only with labels that are distributions; no `prior` where Σ u_v z_v is known otherwise.
+    """
 
     maximum: Tensor
     sum_exp: Tensor
     label: Tensor
-    prior: Tensor
+    prior: Tensor | None
     label_mass: Tensor | None = None
 
     @classmethod
-    def nothing(cls, tokens: int, soft: bool, **options) -> "ShardStatistics":
+    def nothing(cls, tokens: int, soft: bool, prior: bool = True, **options) -> "ShardStatistics":
         """What a rank without any real column has to say."""
         zeros_T = torch.zeros(tokens, **options)
-        return cls(torch.full_like(zeros_T, -torch.inf), zeros_T, zeros_T, zeros_T, zeros_T if soft else None)
+        maximum_T = torch.full_like(zeros_T, -torch.inf)
+        return cls(maximum_T, zeros_T, zeros_T, zeros_T if prior else None, zeros_T if soft else None)
 
     def stack(self) -> Tensor:
         """`[F, T]`, as it travels."""
@@ -41,19 +45,19 @@ class Combined(NamedTuple):
     maximum: Tensor  # M = max over the whole vocabulary
     log_sum_exp: Tensor  # lse(z) - M
     label: Tensor  # Σ p_v (z_v - M), which is z_y - M for a hard label
-    prior: Tensor  # Σ u_v (z_v - M)
+    prior: Tensor  # Σ u_v (z_v - M); 0 until it is known where the ranks did not exchange it
     label_mass: Tensor  # Σ p_v, 1 for a hard label
 
 
-def combine(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor) -> Combined:
+def combine(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor | None) -> Combined:
     """All ranks' statistics as one, in the same order everywhere, hence to the same bits.
 
         M = max m_r      lse - M = log Σ s_r·exp(m_r - M)      Σ u_v (z_v - M) = Σ_r c_r + U_r·(m_r - M)
 
     `label_owner_T`: the rank that holds each token's label, None where labels are distributions.
-    `prior_mass_R`: U_r, the prior mass of each rank's shard.
+    `prior_mass_R`: U_r, the prior mass of each rank's shard; None if the statistics have no `prior`.
     """
-    maximum_RT, sum_exp_RT, label_RT, prior_RT = stats_RFT[:, :4].unbind(1)
+    maximum_RT, sum_exp_RT, label_RT = stats_RFT[:, :3].unbind(1)
     maximum_T = maximum_RT.amax(0)
     shift_RT = maximum_RT - maximum_T
     log_sum_exp_T = (sum_exp_RT * shift_RT.exp()).sum(0).log()
@@ -62,10 +66,12 @@ def combine(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tenso
         label_T = (label_RT.gather(0, owner_1T) + shift_RT.gather(0, owner_1T)).squeeze(0)
         label_mass_T = torch.ones_like(maximum_T)
     else:
-        label_mass_RT = stats_RFT[:, 4]
+        label_mass_RT = stats_RFT[:, -1]
         label_T = _shifted_sum(label_RT, label_mass_RT, shift_RT)
         label_mass_T = label_mass_RT.sum(0)
-    prior_T = _shifted_sum(prior_RT, prior_mass_R.unsqueeze(1).to(shift_RT.dtype), shift_RT)
+    prior_T = torch.zeros_like(maximum_T)
+    if prior_mass_R is not None:
+        prior_T = _shifted_sum(stats_RFT[:, 3], prior_mass_R.unsqueeze(1).to(shift_RT.dtype), shift_RT)
     return Combined(maximum_T, log_sum_exp_T, label_T, prior_T, label_mass_T)
 
 

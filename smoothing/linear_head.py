@@ -1,0 +1,188 @@
+"""The head of a language model as its loss sees it: logits a chunk of tokens at a time, never all of them.
+
+Legend: N labelled tokens, n those of a chunk, S rows of this rank's weight, K real ones, H hidden, R ranks.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smoothing import products
+from smoothing.call import LossCall
+from smoothing.collectives import start_all_gather, start_all_reduce
+from smoothing.linear_gradients import HeadGradients, Tile
+from smoothing.linear_statistics import consume
+from smoothing.shard_statistics import Combined
+
+# A chunk's logits take an eighth of what the largest shard's weight takes in fp32, beside a gradient of that size;
+# and not less than this, below which the products lose speed.
+LEAST_CHUNK_BYTES = 16 << 20
+LEAST_DEVICE_CHUNK_BYTES = 256 << 20
+
+
+@dataclass
+class LinearHead:
+    """Hidden states of the labelled tokens, and this rank's real rows of the weight, in the products' dtypes."""
+
+    call: LossCall
+    hidden_NH: Tensor
+    weight_KH: Tensor
+    bias_K: Tensor | None
+    chunk_bytes: int | None
+    size: int  # S
+
+    @classmethod
+    def of(cls, call: LossCall, hidden_NH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, chunk_bytes: int | None):
+        """From the caller's tensors, cast to the dtype that the call computes in."""
+        real_size, dtype = call.shard.real_size, call.input_dtype
+        bias_K = None if bias_S is None else bias_S[:real_size].to(dtype).to(call.statistics_dtype)
+        weight_KH = weight_SH[:real_size].to(dtype)
+        return cls(call, hidden_NH.to(dtype), weight_KH, bias_K, chunk_bytes, call.shard.size)
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        return products.gemm_dtype(self.call.input_dtype, self.call.statistics_dtype, self.hidden_NH.device)
+
+    @property
+    def linear(self) -> bool:
+        """Logits are linear in the hidden states, so Σ_v u_v z_v needs no logits."""
+        return self.call.options.logit_softcap is None
+
+    @property
+    def factored(self) -> bool:
+        """The gradient's tile is never made (see `linear_gradients`)."""
+        return self.linear and not self.call.soft and self.hidden_NH.device.type == "cpu"
+
+    def hidden(self, tokens: slice) -> Tensor:
+        return self.hidden_NH[tokens].to(self.gemm_dtype)
+
+    def prior_column(self) -> Tensor:
+        """`u`, `[K, 1]`, or `[1, 1]` where it is uniform."""
+        if self.call.prior is not None:
+            return self.call.prior.unsqueeze(1)
+        uniform = 1 / self.call.shard.vocab_size
+        return torch.full((1, 1), uniform, dtype=self.call.statistics_dtype, device=self.hidden_NH.device)
+
+    def weighted_hidden_sum(self, token_weight_N: Tensor) -> Tensor:
+        """`Σ_t g_t h_t`, `[H]`."""
+        sum_H = torch.zeros(self.hidden_NH.shape[1], dtype=self.call.statistics_dtype, device=self.hidden_NH.device)
+        for start in range(0, self.call.tokens, 4096):
+            tokens = slice(start, start + 4096)
+            sum_H.addmv_(self.hidden_NH[tokens].to(sum_H.dtype).t(), token_weight_N[tokens])
+        return sum_H
+
+    def mean_row(self) -> Tensor:
+        """This shard's part of `w̄ = Σ_v u_v W_v`, and of `Σ_v u_v b_v` as one more number: `[H + 1]`."""
+        dtype = self.call.statistics_dtype
+        row_H = products.weighted_row(self.weight_KH, self.call.prior, self.call.shard.vocab_size, dtype)
+        if self.bias_K is None:
+            return torch.cat([row_H, row_H.new_zeros(1)])
+        bias_uK = torch.where(self.prior_column().squeeze(1) > 0, self.prior_column().squeeze(1) * self.bias_K, 0.0)
+        return torch.cat([row_H, bias_uK.sum().unsqueeze(0)])
+
+    def prior_logit(self, mean_row_H1: Tensor, maximum_N: Tensor) -> Tensor:
+        """`Σ_v u_v z_v - M = h·w̄ + b̄ - M`, `[N]`; in fp64 since it may be small beside both."""
+        w_H, b = mean_row_H1[:-1].double(), mean_row_H1[-1].double()
+        dot_N = torch.cat([h_nH.double() @ w_H for h_nH in self.hidden_NH.split(4096)])
+        return (dot_N + b - maximum_N.double()).to(maximum_N.dtype)
+
+    def chunks(self, headers_RH: Tensor, buffers: int) -> tuple[list[slice], list[Tensor]]:
+        """Tokens of each chunk, the same on every rank, and the buffers that logits take turns in.
+
+        The largest shard's logits fit the budget, so every rank makes the same chunks whatever its own shard.
+        """
+        element = self.call.statistics_dtype.itemsize * buffers * (1 if self.linear else 2)
+        largest = int((headers_RH[:, 2] - headers_RH[:, 1]).max())
+        device = self.hidden_NH.device
+        budget = self.chunk_bytes
+        if budget is None:
+            least = LEAST_CHUNK_BYTES if device.type == "cpu" else LEAST_DEVICE_CHUNK_BYTES
+            budget = max(least, largest * self.weight_KH.shape[1] * self.call.statistics_dtype.itemsize // 8)
+        tokens = self.call.tokens
+        step = min(tokens, max(1, budget // (element * max(1, largest))))
+        slices = [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
+        made = range(min(buffers, len(slices)))
+        dtype = self.call.statistics_dtype
+        return slices, [torch.empty(step, len(self.weight_KH), dtype=dtype, device=device) for _ in made]
+
+    def logits(self, tokens: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`[n, K]` logits, capped if so asked, and then `1 - (z/cap)²`. One GEMM."""
+        z_nK = products.logits(self.hidden(tokens), self.weight_KH, buffer[: tokens.stop - tokens.start])
+        if self.bias_K is not None:
+            z_nK += self.bias_K
+        if self.linear:
+            return z_nK, None
+        cap = self.call.options.logit_softcap
+        z_nK.div_(cap).tanh_()
+        slope_nK = 1 - z_nK.square()
+        return z_nK.mul_(cap), slope_nK
+
+    def softmax_scale(self, combined: Combined, exp_relative_to: Tensor) -> Tensor:
+        """What `exp(z - exp_relative_to)` is multiplied by to give ∂loss/∂lse · softmax: `[n]`."""
+        options = self.call.options
+        lse_grad_n = (1 - options.label_smoothing) * combined.label_mass + options.label_smoothing
+        if options.z_loss > 0:
+            lse_grad_n = lse_grad_n + 2 * options.z_loss * (combined.maximum + combined.log_sum_exp)
+        return lse_grad_n * (exp_relative_to - combined.maximum - combined.log_sum_exp).exp()
+
+    def forward(
+        self, meeting: Callable[[], Tensor], gradients: HeadGradients | None
+    ) -> tuple[Combined, Tensor | None, Tensor]:
+        """Statistics of every token, `w̄` (with `b̄`) where smoothing needs it, headers; gradients added up on the way.
+
+        The statistics of a chunk travel while `e·W` of the same chunk (factored) or the logits of the next one are
+        computed. Collectives: one all-reduce of `[H + 1]` with smoothing and no softcap; and for each chunk one
+        all-gather of 12 bytes a token (16 with a softcap or probabilities, 20 with both), and `HeadGradients.add`'s.
+        """
+        call, smoothed = self.call, self.linear and self.call.options.label_smoothing > 0
+        mean_row_H1 = self.mean_row() if smoothed and call.tokens else None
+        headers_RH = meeting()
+        wait_for_row = None if mean_row_H1 is None else start_all_reduce(mean_row_H1, call.shard)
+        lookahead = 0 if gradients is not None and self.factored else 1
+        slices, buffers = self.chunks(headers_RH, 1 + lookahead if gradients is not None else 1)
+        under_way, parts = deque(), []
+        for turn, tokens in enumerate(slices):
+            exp_nK, slope_nK = self.logits(tokens, buffers[turn % len(buffers)])
+            own = consume(exp_nK, call, tokens, with_prior=not self.linear)
+            stats_Fn = own.stack()
+            under_way.append((tokens, own.maximum, stats_Fn.shape, start_all_gather(stats_Fn, call.shard)))
+            tile = Tile(tokens, exp_nK, slope_nK)
+            if gradients is not None:
+                gradients.start(tile)
+                under_way[-1] += (tile,)
+            if len(under_way) > lookahead:
+                parts.append(self._finish(*under_way.popleft(), gradients=gradients, headers_RH=headers_RH))
+        parts += [self._finish(*chunk, gradients=gradients, headers_RH=headers_RH) for chunk in under_way]
+        combined = self._joined(parts)
+        if wait_for_row is not None:
+            wait_for_row()
+            combined = combined._replace(prior=self.prior_logit(mean_row_H1, combined.maximum))
+        return combined, mean_row_H1, headers_RH
+
+    def _finish(self, tokens, maximum_n, shape_Fn, statistics, tile=None, *, gradients, headers_RH) -> Combined:
+        stats_RFn = statistics().unflatten(1, shape_Fn)
+        combined = self.call.combine(stats_RFn, headers_RH, tokens, with_prior=not self.linear)
+        if gradients is not None:
+            gradients.add(tile, self.softmax_scale(combined, maximum_n))
+        return combined
+
+    def _joined(self, parts: list[Combined]) -> Combined:
+        if not parts:
+            nothing = torch.zeros(0, dtype=self.call.statistics_dtype, device=self.hidden_NH.device)
+            return Combined(*[nothing] * 5)
+        return Combined(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def backward(self, headers_RH: Tensor, combined: Combined, gradients: HeadGradients) -> None:
+        """Gradients with the logits computed anew. Collectives: those of `HeadGradients.add`."""
+        slices, buffers = self.chunks(headers_RH, 1)
+        for tokens in slices:
+            z_nK, slope_nK = self.logits(tokens, buffers[0])
+            maximum_n = combined.maximum[tokens]
+            exp_nK = z_nK.sub_(maximum_n.unsqueeze(1)).exp_()
+            tile = Tile(tokens, exp_nK, slope_nK)
+            gradients.start(tile)
+            own = Combined(*(field[tokens] for field in combined))
+            gradients.add(tile, self.softmax_scale(own, maximum_n))

@@ -1,0 +1,256 @@
+"""Label-smoothed cross entropy straight from hidden states: the head and its loss in one, the vocabulary sharded.
+
+Legend: T tokens, N of them labelled, S rows of this rank's weight (padding included), H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smoothing import agreement
+from smoothing.call import LossCall, TokenStats, argument_fault, refused_call
+from smoothing.linear_gradients import HeadGradients, Wanted
+from smoothing.linear_head import LinearHead
+from smoothing.options import LossOptions
+from smoothing.shard import VocabShard
+from smoothing.shard_statistics import Combined, token_loss
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    shard: VocabShard | None = None,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    smoothing_prior: Tensor | None = None,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    return_stats: bool = False,
+    chunk_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """`vocab_parallel_cross_entropy(hidden @ weight.T + bias, ...)` without the logits; same options, same loss.
+
+        loss = lse(z) - (1-ε)·z_y - ε·(h·w̄ + b̄) + z_loss·lse(z)²,     w̄ = Σ_v u_v W_v,  b̄ = Σ_v u_v b_v
+
+    `hidden` `[..., H]`, alike on all ranks; `weight` `[S, H]` and `bias` `[S]`, this rank's rows. Each rank ends with
+    the whole gradient of `hidden` (the ranks' parts are summed here) and that of its own rows. `target` as in
+    `vocab_parallel_cross_entropy`; only rows with a label are looked at. The head works through them in chunks whose
+    logits fit `chunk_bytes` (at least one row; None: an eighth of the weight's size in fp32, or 16 MiB, 256 MiB on a
+    device). Under autocast it computes in autocast's dtype, as `F.linear` does; products accumulate in fp32.
+
+    With a scalar reduction the gradients are computed along with the loss: three products in all, two if `weight` or
+    `hidden` is frozen, one without grad. `reduction="none"` computes logits anew in backward: four. Gradients of
+    `weight` are summed in fp32, the smoothing part algebraically, and rounded to its dtype once; an upstream factor
+    other than 1 rounds once more. A scalar loss can be differentiated once; doing so again raises `RuntimeError`.
+
+    Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
+    arguments are wrong or the ranks' differ.
+    Collectives, C chunks of n tokens: one all-gather of 64 bytes; with smoothing one all-reduce of H+1 numbers; C
+    all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a gradient, C
+    all-reduces of n·H numbers (in backward with `reduction="none"`). On a device two host synchronisations.
+    """
+    options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
+    leading, size = hidden.shape[:-1], weight.shape[0]
+    shard = VocabShard.whole(size) if shard is None else shard
+    dtype = _compute_dtype(hidden, weight)
+    fault = _head_fault(hidden, weight, bias, chunk_bytes) or argument_fault(
+        target, shard, options, smoothing_prior, num_items_in_batch, leading, size, dtype
+    )
+    if fault:
+        refused_call(leading.numel(), hidden.device, shard).refuse_meeting(fault)
+    grad = torch.is_grad_enabled()
+    wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
+    flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
+    rows_N = None if target.is_floating_point() else _labelled(flat_T, ignore_index)
+    statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    call = LossCall(
+        target=flat_T if rows_N is None else flat_T[rows_N],
+        shard=shard,
+        options=options,
+        prior=None if smoothing_prior is None else smoothing_prior[: shard.real_size].to(statistics_dtype),
+        statistics_dtype=statistics_dtype,
+        input_dtype=dtype,
+        alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
+    )
+    job = _Job(call, leading, rows_N, wanted, num_items_in_batch, chunk_bytes, return_stats)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, *stats = job.run(hidden.reshape(leading.numel(), hidden.shape[-1]), weight, bias)
+    return (loss, TokenStats(*stats)) if return_stats else loss
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A call without the tensors that may need gradients."""
+
+    call: LossCall
+    leading: torch.Size
+    rows_N: Tensor | None  # the labelled tokens; None for all
+    wanted: Wanted
+    num_items_in_batch: int | Tensor | None
+    chunk_bytes: int | None
+    return_stats: bool
+
+    def run(self, *tensors: Tensor | None) -> tuple:
+        """Loss, and statistics if asked for: by way of autograd only where a gradient is wanted."""
+        if not any(self.wanted):
+            outcome = self.forward(*tensors)
+            return outcome.loss, *outcome.stats
+        scalar = self.call.options.reduction != "none"
+        return (_ScalarLoss if scalar else _TokenLosses).apply(*tensors, self)
+
+    def head(self, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None) -> LinearHead:
+        hidden_NH = hidden_TH if self.rows_N is None else hidden_TH[self.rows_N]
+        return LinearHead.of(self.call, hidden_NH, weight_SH, bias_S, self.chunk_bytes)
+
+    def forward(self, *tensors: Tensor | None, token_weight_N: Tensor | None = None) -> "_Outcome":
+        """Loss and statistics; the gradients' sums too if tokens' weights are given."""
+        meeting = agreement.start_meeting(self.call.header(), self.call.shard)
+        head = self.head(*tensors)
+        gradients = None
+        if token_weight_N is not None:
+            gradients = HeadGradients(head, self.call, self.wanted, token_weight_N)
+        combined, mean_row_H1, headers_RH = head.forward(meeting, gradients)
+        options = self.call.options
+        loss_N = token_loss(combined, options.label_smoothing, options.z_loss)
+        if options.reduction == "none":
+            loss = self.scatter(loss_N, self.leading)
+        else:
+            loss = self.call.reduce(loss_N, self.leading, self.num_items_in_batch)
+        stats = ()
+        if self.return_stats:
+            compact = self.call.token_stats(combined, loss_N.shape)
+            stats = tuple(None if x is None else self.scatter(x, self.leading) for x in compact)
+        mean_row_H = None if mean_row_H1 is None else mean_row_H1[:-1]
+        sums = None if gradients is None else gradients.finish(mean_row_H)
+        return _Outcome(loss, stats, combined, mean_row_H, headers_RH, sums)
+
+    def scatter(self, compact_N: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+        """Values of the labelled tokens in their places, zero elsewhere."""
+        compact_N = compact_N.to(dtype or compact_N.dtype)
+        if self.rows_N is None:
+            return compact_N.view(shape)
+        whole_T = compact_N.new_zeros(self.leading.numel(), *compact_N.shape[1:])
+        whole_T[self.rows_N] = compact_N
+        return whole_T.view(shape)
+
+    def divisor(self) -> Tensor:
+        """What a scalar reduction divides the sum of losses by."""
+        ones = torch.ones((), dtype=self.call.statistics_dtype, device=self.call.target.device)
+        if self.call.options.reduction == "sum":
+            return ones
+        items = self.call.tokens if self.num_items_in_batch is None else self.num_items_in_batch
+        return torch.as_tensor(items, device=ones.device).to(ones.dtype).clamp(min=1)
+
+
+@dataclass
+class _Outcome:
+    loss: Tensor
+    stats: tuple
+    combined: Combined
+    mean_row_H: Tensor | None
+    headers_RH: Tensor
+    sums: list[Tensor | None] | None
+
+
+class _ScalarLoss(torch.autograd.Function):
+    """Gradients along with the loss. Keeps them alone: no logits, no hidden states."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
+        scale = 1 / job.divisor()
+        dtype = job.call.statistics_dtype
+        # a low-precision GEMM gets gradients of order 1, which do not underflow, and the scale goes onto the sums
+        exact = job.head(hidden_TH, weight_SH, bias_S).gemm_dtype == dtype
+        token_weight = scale if exact else torch.ones_like(scale)
+        outcome = job.forward(hidden_TH, weight_SH, bias_S, token_weight_N=token_weight.expand(job.call.tokens))
+        inputs = (hidden_TH, weight_SH, bias_S)
+        ctx.gradients = []
+        for index, (total, given) in enumerate(zip(outcome.sums, inputs, strict=True)):
+            if total is not None:
+                total = total if exact else total.mul_(scale)
+                # fp16 must wait for the upstream gradient: that is where loss scaling comes in
+                early = total.dtype if given.dtype == torch.float16 else given.dtype
+                total = job.scatter(total, given.shape, early) if index == 0 else total.to(early)
+            ctx.gradients.append(total)
+            outcome.sums[index] = None
+        ctx.dtypes = [None if given is None else given.dtype for given in inputs]
+        ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
+        return outcome.loss, *outcome.stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, *_):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "vocab_parallel_linear_cross_entropy was differentiated a second time: with reduction='mean' or "
+                "'sum' its gradients are made with the loss and handed over once. Call it again, or use "
+                "reduction='none'."
+            )
+        if upstream.device.type != "cpu" or upstream != 1:
+            gradients = [None if grad is None else grad.mul_(upstream) for grad in gradients]
+        return *(None if grad is None else grad.to(dt) for grad, dt in zip(gradients, ctx.dtypes, strict=True)), None
+
+
+class _TokenLosses(torch.autograd.Function):
+    """One loss a token. Keeps its inputs and a few numbers a token, and computes the logits anew in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
+        outcome = job.forward(hidden_TH, weight_SH, bias_S)
+        ctx.job = job
+        ctx.save_for_backward(hidden_TH, weight_SH, bias_S, outcome.mean_row_H, outcome.headers_RH, *outcome.combined)
+        ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
+        return outcome.loss, *outcome.stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, *_):
+        job, saved = ctx.job, ctx.saved_tensors
+        inputs, (mean_row_H, headers_RH, *combined) = saved[:3], saved[3:]
+        upstream_T = upstream.reshape(-1).to(job.call.statistics_dtype)
+        token_weight_N = upstream_T if job.rows_N is None else upstream_T[job.rows_N]
+        head = job.head(*inputs)
+        gradients = HeadGradients(head, job.call, job.wanted, token_weight_N)
+        head.backward(headers_RH, Combined(*combined), gradients)
+        grad_hidden, grad_weight, grad_bias = gradients.finish(mean_row_H)
+        if grad_hidden is not None:
+            grad_hidden = job.scatter(grad_hidden, inputs[0].shape, inputs[0].dtype)
+        rest = zip((grad_weight, grad_bias), inputs[1:], strict=True)
+        return grad_hidden, *(None if grad is None else grad.to(given.dtype) for grad, given in rest), None
+
+
+def _labelled(target_T: Tensor, ignore_index: int) -> Tensor | None:
+    """Indices of the tokens that have a label, None if all have."""
+    rows_N = (target_T != ignore_index).nonzero().squeeze(1)
+    return None if len(rows_N) == len(target_T) else rows_N
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What `F.linear` would compute in; operands that differ outside autocast are promoted."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _head_fault(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None) -> str | None:
+    """What is wrong with what a loss from logits does not have, or None."""
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        return f"weight must have shape [S, {hidden.shape[-1]}], this rank's rows, got {tuple(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
+    for name, given in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if given is not None and not given.is_floating_point():
+            return f"{name} must have a floating-point dtype, got {given.dtype}"
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
+        return f"chunk_bytes must be None or an integer of at least 1, got {chunk_bytes!r}"
+    return None

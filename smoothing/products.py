@@ -1,0 +1,60 @@
+"""The head's three matrix products, with fp32 results whatever the dtype of their factors (fp64 for fp64).
+
+Legend: n rows of a chunk, K real rows of this rank's weight, H hidden. On CUDA a low-precision GEMM accumulates and
+returns fp32 (`out_dtype`). A CPU has no such GEMM, so there the weight is widened a block of rows at a time and the
+GEMM runs in fp32: nothing is rounded on the way.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 21  # of the weight, widened at a time: 8 MiB in fp32
+
+
+def gemm_dtype(compute_dtype: torch.dtype, statistics_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the factors that are not the weight: `compute_dtype` only where its GEMM returns fp32."""
+    return compute_dtype if device.type == "cuda" else statistics_dtype
+
+
+def logits(hidden_nH: Tensor, weight_KH: Tensor, out_nK: Tensor) -> Tensor:
+    """`h·Wᵀ` into `out_nK`."""
+    if hidden_nH.dtype != weight_KH.dtype:
+        for block in _blocks(weight_KH):
+            torch.mm(hidden_nH, weight_KH[block].to(hidden_nH.dtype).t(), out=out_nK[:, block])
+        return out_nK
+    return torch.mm(hidden_nH, weight_KH.t(), out=out_nK, **_out_dtype(weight_KH, out_nK))
+
+
+def hidden_gradient(grad_nK: Tensor, weight_KH: Tensor, out_nH: Tensor) -> Tensor:
+    """`g·W` into `out_nH`."""
+    if grad_nK.dtype != weight_KH.dtype:
+        out_nH.zero_()
+        for block in _blocks(weight_KH):
+            out_nH.addmm_(grad_nK[:, block], weight_KH[block].to(grad_nK.dtype))
+        return out_nH
+    return torch.mm(grad_nK, weight_KH, out=out_nH, **_out_dtype(weight_KH, out_nH))
+
+
+def add_weight_gradient(sum_KH: Tensor, grad_nK: Tensor, hidden_nH: Tensor) -> None:
+    """`sum += gᵀ·h`."""
+    torch.addmm(sum_KH, grad_nK.t(), hidden_nH, out=sum_KH, **_out_dtype(hidden_nH, sum_KH))
+
+
+def weighted_row(weight_KH: Tensor, prior_K: Tensor | None, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """This shard's part of `w̄ = Σ_v u_v W_v`, `[H]`, accumulated in `dtype`; uniform for `prior_K=None`."""
+    if prior_K is None:
+        return weight_KH.sum(0, dtype=dtype) / vocab_size
+    row_H = torch.zeros(weight_KH.shape[1], dtype=dtype, device=weight_KH.device)
+    for block in _blocks(weight_KH):
+        row_H.addmv_(weight_KH[block].to(dtype).t(), prior_K[block])
+    return row_H
+
+
+def _out_dtype(factor: Tensor, out: Tensor) -> dict:
+    return {} if factor.dtype == out.dtype else {"out_dtype": out.dtype}
+
+
+def _blocks(weight_KH: Tensor):
+    rows, hidden = weight_KH.shape
+    step = max(1, BLOCK_ELEMENTS // max(1, hidden))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
