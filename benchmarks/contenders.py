@@ -1,0 +1,157 @@
+"""The heads that `heads.py` compares: each takes one problem and does forward and backward of head and loss.
+
+Every one ends with the whole gradient of the hidden states on each rank, and the gradient of the rank's own rows.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from smoothing import VocabShard, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from smoothing.gather import gather_logits
+
+
+@dataclass
+class Problem:
+    hidden: Tensor  # [T, H], alike on all ranks
+    weight: Tensor  # [S, H]
+    target: Tensor  # [T]
+    shard: VocabShard
+    smoothing: float
+
+    @classmethod
+    def make(cls, tokens: int, vocab: int, hidden: int, smoothing: float, ignored: float, dtype=torch.float32):
+        """Random, the same for the same arguments; the share `ignored` of the labels is -100."""
+        shard = VocabShard.split(vocab, dist.group.WORLD)
+        generator = torch.Generator().manual_seed(0)
+        hidden_TH = torch.randn(tokens, hidden, generator=generator)
+        target_T = torch.randint(vocab, (tokens,), generator=generator)
+        target_T[torch.randperm(tokens, generator=generator)[: round(ignored * tokens)]] = -100
+        generator.manual_seed(1 + shard.rank)
+        weight_SH = torch.randn(shard.size, hidden, generator=generator).mul_(hidden**-0.5)
+        leaves = (hidden_TH.to(dtype).requires_grad_(), weight_SH.to(dtype).requires_grad_())
+        return cls(*leaves, target_T, shard, smoothing)
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+
+class _SumGradients(torch.autograd.Function):
+    """What a column-parallel head does: its input's gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor):
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad
+
+
+def _logits(p: Problem) -> Tensor:
+    return F.linear(_SumGradients.apply(p.hidden), p.weight)
+
+
+def fused(p: Problem) -> Tensor:
+    return vocab_parallel_linear_cross_entropy(p.hidden, p.weight, p.target, p.shard, label_smoothing=p.smoothing)
+
+
+def fused_unsmoothed(p: Problem) -> Tensor:
+    return vocab_parallel_linear_cross_entropy(p.hidden, p.weight, p.target, p.shard)
+
+
+def sharded(p: Problem) -> Tensor:
+    return vocab_parallel_cross_entropy(_logits(p), p.target, p.shard, label_smoothing=p.smoothing)
+
+
+def deepspeed_fused(p: Problem) -> Tensor:
+    from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy as theirs
+
+    bounds = {"vocab_start_index": p.shard.start, "vocab_end_index": p.shard.stop}
+    return theirs(p.hidden, p.weight, p.target, tp_group=p.shard.group, **bounds)
+
+
+def deepspeed_sharded(p: Problem) -> Tensor:
+    from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy as theirs
+
+    bounds = {"vocab_start_index": p.shard.start, "vocab_end_index": p.shard.stop}
+    losses = theirs(_logits(p), p.target, tp_group=p.shard.group, **bounds)
+    valid = p.target != -100
+    return (losses * valid).sum() / valid.sum() if losses.dim() else losses
+
+
+def gathered(p: Problem) -> Tensor:
+    return F.cross_entropy(gather_logits(_logits(p), p.shard), p.target, label_smoothing=p.smoothing)
+
+
+def gathered_label_smoother(p: Problem) -> Tensor:
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    logits = gather_logits(_logits(p), p.shard)
+    return LabelSmoother(epsilon=p.smoothing)({"logits": logits[None]}, p.target[None])
+
+
+def loss_parallel(p: Problem) -> Tensor:
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (p.shard.world_size,))
+    logits = DTensor.from_local(_logits(p), mesh, [Shard(1)], run_check=False)
+    return F.cross_entropy(logits, p.target)
+
+
+@contextlib.contextmanager
+def loss_parallel_context():
+    from torch.distributed.tensor.parallel import loss_parallel as context
+
+    with context():
+        yield
+
+
+def products_alone(p: Problem) -> None:
+    """The three products a token that no head can do without, in chunks, with nothing between them and no traffic."""
+    with torch.no_grad():
+        labelled = p.hidden[p.target != -100]
+        step = max(1, p.hidden.shape[1] // 8)
+        grad_SH = torch.zeros_like(p.weight)
+        tile_nS = torch.empty(step, p.weight.shape[0])
+        for hidden_nH in labelled.split(step):
+            logits_nS = torch.mm(hidden_nH, p.weight.t(), out=tile_nS[: len(hidden_nH)])
+            torch.mm(logits_nS, p.weight)
+            grad_SH.addmm_(logits_nS.t(), hidden_nH)
+
+
+@dataclass(frozen=True)
+class Contender:
+    title: str
+    loss: Callable[[Problem], Tensor | None]
+    smooths: bool
+    context: Callable = contextlib.nullcontext
+    backward: bool = True
+
+    def run(self, problem: Problem) -> Tensor | None:
+        problem.clear()
+        with self.context():
+            loss = self.loss(problem)
+            if self.backward:
+                loss.backward()
+        return loss
+
+
+CONTENDERS = {
+    "fused": Contender("fused, here", fused, True),
+    "fused-unsmoothed": Contender("fused, here, without smoothing", fused_unsmoothed, False),
+    "sharded": Contender("sharded logits, here", sharded, True),
+    "deepspeed-fused": Contender("DeepSpeed vocab_parallel_linear_cross_entropy", deepspeed_fused, False),
+    "deepspeed-sharded": Contender("F.linear + DeepSpeed vocab_parallel_cross_entropy", deepspeed_sharded, False),
+    "gathered": Contender("gathered logits + F.cross_entropy", gathered, True),
+    "label-smoother": Contender("gathered logits + HF LabelSmoother", gathered_label_smoother, True),
+    "loss-parallel": Contender("F.linear + torch loss_parallel", loss_parallel, False, loss_parallel_context),
+    "products": Contender("the three products alone (floor)", products_alone, True, backward=False),
+}
