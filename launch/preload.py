@@ -18,8 +18,8 @@ def share_cores() -> None:
 def skip_shared_memory_op() -> None:
     """Do without the C++ op that DeepSpeed builds at its first start on a CPU, for all-reduces of inference alone.
 
-    Building it takes a compiler and minutes, and a start that is interrupted meanwhile leaves a lock behind that every
-    later one waits on without end.
+    Building it takes a compiler and minutes, and a start that is interrupted meanwhile leaves a lock behind on which
+    every later one waits without end.
     """
     import deepspeed
 
