@@ -11,6 +11,8 @@ from transformers.integrations.deepspeed import deepspeed_config
 from launch.data.tokenization import train_tokenizer
 from launch.errors import UserError
 from launch.options import SftOptions
+from smoothing.fused_head import fusable_softcap
+from smoothing.install import causal_lm
 
 
 def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
@@ -37,6 +39,7 @@ def load_model(
     model = _loaded(options, dtype) if options.model is not None else _built(options, tokenizer, dtype, seed)
     _check_split(model.config, options.tp)
     _check_vocabulary(model.config, tokenizer)
+    _check_head(model, options.head)
     model.config.use_cache = False
     return model
 
@@ -106,6 +109,16 @@ def _check_vocabulary(config, tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {size}; resize the model's "
             "embeddings, or take the tokenizer that came with it"
         )
+
+
+def _check_head(model: PreTrainedModel, head: str) -> None:
+    """What `install_smoothed_loss` would refuse once training has begun."""
+    try:
+        output_head = causal_lm(model).get_output_embeddings()
+        if head == "fused":
+            fusable_softcap(model, output_head, None)
+    except ValueError as fault:
+        raise UserError(f"{fault} (the flag is --head)") from None
 
 
 def _first_line(fault: Exception) -> str:

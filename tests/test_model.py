@@ -51,6 +51,14 @@ def test_more_ranks_than_heads(tokenizer):
         build(tokenizer, tp=8)
 
 
+def test_a_head_that_cannot_be_fused_is_refused_before_training(tokenizer):
+    scaled = {"model_type": "granite", "logits_scaling": 8.0, "num_key_value_heads": 4}
+    with pytest.raises(UserError, match="logits_scaling"):
+        build(tokenizer, **scaled)
+    options = SftOptions(model_config=SMALL | scaled, head="sharded")
+    assert load_model(options, tokenizer, torch.float32, seed=0).config.logits_scaling == 8.0
+
+
 def test_a_model_that_is_not_there(tokenizer):
     options = SftOptions(model="./nowhere")
     with pytest.raises(UserError, match=r"\./nowhere"):
