@@ -28,7 +28,9 @@ def main(source: Path) -> None:
         (line,) = left.plot(
             vocab, [p["seconds"][f"{name}@{share}"]["least"] for p in points], marker="o", label=name, **style
         )
-        right.plot(vocab, [p["peak_bytes"][name] / 1e6 for p in points], marker="o", color=line.get_color(), **style)
+        right.plot(
+            vocab, [p["peak_bytes"][name] / 1e6 for p in points], marker="o", **{**style, "color": line.get_color()}
+        )
     settings = result["settings"]
     figure.suptitle(
         f"Head and loss, forward and backward: {settings['ranks']} CPU ranks with one thread, fp32, "
