@@ -82,9 +82,27 @@ def deepspeed_sharded(p: Problem) -> Tensor:
     from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy as theirs
 
     bounds = {"vocab_start_index": p.shard.start, "vocab_end_index": p.shard.stop}
-    losses = theirs(_logits(p), p.target, tp_group=p.shard.group, **bounds)
-    valid = p.target != -100
-    return (losses * valid).sum() / valid.sum() if losses.dim() else losses
+    return _mean_of_labelled(theirs(_logits(p), p.target, tp_group=p.shard.group, **bounds), p)
+
+
+def megatron_sharded(p: Problem, smoothing: float = 0.0) -> Tensor:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy as theirs
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(p.shard.world_size)
+    logits = _logits(p).unsqueeze(1)  # [sequence, batch, vocabulary]; overwritten there
+    return _mean_of_labelled(theirs(logits, p.target.unsqueeze(1), smoothing).squeeze(1), p)
+
+
+def megatron_smoothed(p: Problem) -> Tensor:
+    """Fails the check on more than one rank: it takes each shard for the whole vocabulary."""
+    return megatron_sharded(p, p.smoothing)
+
+
+def _mean_of_labelled(losses_T: Tensor, p: Problem) -> Tensor:
+    labelled_T = p.target != -100
+    return (losses_T * labelled_T).sum() / labelled_T.sum()
 
 
 def gathered(p: Problem) -> Tensor:
@@ -150,6 +168,8 @@ CONTENDERS = {
     "sharded": Contender("sharded logits, here", sharded, True),
     "deepspeed-fused": Contender("DeepSpeed vocab_parallel_linear_cross_entropy", deepspeed_fused, False),
     "deepspeed-sharded": Contender("F.linear + DeepSpeed vocab_parallel_cross_entropy", deepspeed_sharded, False),
+    "megatron-sharded": Contender("F.linear + Megatron-core vocab_parallel_cross_entropy", megatron_sharded, False),
+    "megatron-smoothed": Contender("the same with its label_smoothing", megatron_smoothed, True),
     "gathered": Contender("gathered logits + F.cross_entropy", gathered, True),
     "label-smoother": Contender("gathered logits + HF LabelSmoother", gathered_label_smoother, True),
     "loss-parallel": Contender("F.linear + torch loss_parallel", loss_parallel, False, loss_parallel_context),

@@ -12,6 +12,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from contenders import CONTENDERS, Problem
 
+from launch.preload import skip_shared_memory_op
+from tests.ranks import Collectives
+
 CHECK_TOKENS = 32
 TOLERANCE = 1e-4
 
@@ -34,6 +37,7 @@ def _rank(rank: int, ranks: int, port: int, work, args, answer):
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
 
+        skip_shared_memory_op()
         deepspeed.init_distributed("gloo", verbose=False)
     result = work(*args)
     if rank == 0:
@@ -88,24 +92,27 @@ def check(names: list[str], vocab: int, hidden: int, smoothing: float, ignored: 
     return verdicts
 
 
-def time_interleaved(names: list[str], sizes: dict, shares: list[float], turn: int) -> dict[str, float]:
+def time_interleaved(
+    names: list[str], sizes: dict, shares: list[float], turn: int, turns: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each contender at each share of ignored labels, "name@share": one round; the slowest rank's.
 
-    Every contender has run once on a small problem before. The order turns round from one round to the next.
+    Every contender has run once on a small problem before. The order turns round from one turn to the next.
     """
-    seconds = {}
     small = Problem.make(**{**sizes, "tokens": 16, "vocab": 512}, ignored=0.0)
     for name in names:
         CONTENDERS[name].run(small)
+    seconds = {f"{name}@{share:g}": [] for share in shares for name in names}
     for share in shares:
         problem = Problem.make(**sizes, ignored=share)
-        for name in reversed(names) if turn % 2 else names:
-            dist.barrier()
-            start = time.perf_counter()
-            CONTENDERS[name].run(problem)
-            dist.barrier()
-            seconds[f"{name}@{share:g}"] = time.perf_counter() - start
-            problem.clear()
+        for order in range(turn, turn + turns):
+            for name in reversed(names) if order % 2 else names:
+                dist.barrier()
+                start = time.perf_counter()
+                CONTENDERS[name].run(problem)
+                dist.barrier()
+                seconds[f"{name}@{share:g}"].append(time.perf_counter() - start)
+                problem.clear()
     return seconds
 
 
@@ -121,6 +128,25 @@ def peak_memory(name: str, sizes: dict, ignored: float) -> float:
     peak = torch.tensor(float(_status("VmHWM") - before))
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return peak.item()
+
+
+def collectives(name: str, sizes: dict) -> list[tuple[str, int]]:
+    """The collectives of forward and backward: "gather" or "reduce", and the bytes that this rank gives."""
+    problem = Problem.make(**sizes, ignored=0.0)
+    with Collectives() as noted:
+        CONTENDERS[name].run(problem)
+    return [("gather" if "gather" in kind else "reduce", sent) for kind, sent in noted.seen]
+
+
+def time_all_reduce(numbers: int, repeats: int = 9) -> float:
+    """Median seconds of one all-reduce of so many fp32 numbers with nothing beside it."""
+    part, taken = torch.ones(numbers), []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(part)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 def _status(field: str) -> int:

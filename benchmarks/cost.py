@@ -1,0 +1,115 @@
+"""What the fused head costs one rank, from sizes alone: operations, memory, bytes on the wire, seconds.
+
+`docs/scaling.md` explains the formulas; `scaling.py` holds them against measurements and tabulates them.
+Legend: N labelled tokens, V vocabulary, R ranks that share it, S = ⌈V/R⌉ rows of the weight on one rank, H hidden.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from smoothing.linear_head import LEAST_CHUNK_BYTES, LEAST_DEVICE_CHUNK_BYTES
+
+FP32 = 4
+HEADER_BYTES = 72
+STATISTICS_BYTES = 12  # a token: maximum, sum of exponentials, label's logit
+# Read and written for each element of a chunk of logits between the products, where these run in bf16: the product
+# writes 4; maximum 4, difference 8, exponential 8, sum 4; two factors 16, rounding 6; two products read 2 each.
+DEVICE_TILE_BYTES = 54
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One loss call on one of R ranks. `weight_bytes`: of an element of the weight and of its gradient."""
+
+    tokens: int
+    vocab: int
+    hidden: int
+    ranks: int = 1
+    weight_bytes: int = FP32
+    device: bool = False
+
+    @property
+    def shard(self) -> int:
+        return ceil(self.vocab / self.ranks)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens whose logits exist at a time: an eighth of the weight in fp32, shared by the buffers in use."""
+        least = LEAST_DEVICE_CHUNK_BYTES if self.device else LEAST_CHUNK_BYTES
+        budget = max(least, self.shard * self.hidden * FP32 // 8)
+        return min(self.tokens, max(1, budget // (FP32 * self.shard * self._buffers)))
+
+    @property
+    def chunks(self) -> int:
+        return ceil(self.tokens / self.chunk_tokens)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the three products: 6·N·S·H."""
+        return 6 * self.tokens * self.shard * self.hidden
+
+    @property
+    def tile_elements(self) -> int:
+        """Logits that this rank makes over the call, each with one exponential: N·S."""
+        return self.tokens * self.shard
+
+    @property
+    def peak_bytes(self) -> int:
+        """Over the inputs: both gradients in fp32, chunks of logits, and the weight's gradient as it is returned."""
+        gradients = FP32 * self.hidden * (self.shard + self.tokens)
+        factor = self.weight_bytes if self.device else 0  # the products' copy of one chunk
+        chunk = (FP32 * self._buffers + factor) * self.chunk_tokens * self.shard
+        rounded = self.weight_bytes * self.hidden * self.shard if self.weight_bytes != FP32 else 0
+        # the chunks' buffers are gone when the gradient is rounded
+        return gradients + max(chunk, rounded)
+
+    @property
+    def messages(self) -> int:
+        """Collectives of a call: the meeting, the mean row, and two for each chunk."""
+        return 2 + 2 * self.chunks if self.ranks > 1 else 0
+
+    @property
+    def gathered_bytes(self) -> int:
+        """What this rank gives to all-gathers."""
+        return HEADER_BYTES + STATISTICS_BYTES * self.tokens if self.ranks > 1 else 0
+
+    @property
+    def reduced_bytes(self) -> int:
+        """What this rank gives to all-reduces: the mean row, and the hidden states' gradient."""
+        return FP32 * (self.hidden + 1 + self.tokens * self.hidden) if self.ranks > 1 else 0
+
+    @property
+    def wire_bytes(self) -> float:
+        """What this rank sends on a ring: gathers go round once, sums twice."""
+        others = self.ranks - 1
+        return others * self.gathered_bytes + 2 * others / self.ranks * self.reduced_bytes
+
+    @property
+    def gathering_wire_bytes(self) -> float:
+        """The same if the logits themselves were gathered in fp32, beside the sum of the hidden states' gradient."""
+        others = self.ranks - 1
+        logits, gradient = FP32 * self.tokens * self.shard, FP32 * self.tokens * self.hidden
+        return others * logits + 2 * others / self.ranks * gradient
+
+    @property
+    def _buffers(self) -> int:
+        return 2 if self.device else 1  # where products wait for the other ranks, the next chunk's logits are made
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank sustains: operations, exponentials (or bytes of them) and bytes on the wire, each a second."""
+
+    operations: float
+    tile_elements: float
+    wire: float
+    latency: float  # seconds a collective
+
+    def seconds(self, sizes: Sizes) -> float:
+        """Nothing overlapped: an upper bound for a device, what happens where ranks have no spare core."""
+        return (
+            sizes.operations / self.operations
+            + sizes.tile_elements / self.tile_elements
+            + sizes.wire_bytes / self.wire
+            + sizes.messages * self.latency
+        )
