@@ -1,6 +1,6 @@
 """Ranks that share a vocabulary find out together whether they agree, and fail together.
 
-Each loss sends a header of eight int64 (64 bytes) in front of its statistics, in the same all-gather, so a
+Each loss sends a header of nine int64 (72 bytes) in front of its statistics, in the same all-gather, so a
 rank whose arguments are wrong still takes part, and every other rank learns of it in the very collective
 that it would otherwise have waited in. The first time a shard is used the headers are exchanged once more, alone
 and before anything else: only then can ranks with different numbers of tokens be told so (afterwards such a call
@@ -20,7 +20,10 @@ from smoothing.collectives import all_gather, start_all_gather
 from smoothing.options import bits_float, float_bits
 from smoothing.shard import VocabShard
 
-HEADER_FIELDS = 8
+HEADER_FIELDS = 9
+ALIKE = slice(3, 8)  # of the fields: what all ranks must say alike
+BATCH, PRIOR_MASS = 7, 8
+MIXERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of splitmix64
 PRIOR_MASS_TOLERANCE = 1e-4
 
 
@@ -35,6 +38,7 @@ class Header:
     tokens: int
     label_smoothing: float
     digest: int
+    batch: int
     prior_mass: float
 
     def encode(self) -> list[int]:
@@ -46,21 +50,40 @@ class Header:
             self.tokens,
             float_bits(self.label_smoothing),
             self.digest,
+            self.batch,
             float_bits(self.prior_mass),
         ]
 
     @classmethod
     def decode(cls, fields: list[int]) -> "Header":
-        refused, start, stop, vocab_size, tokens, smoothing_bits, digest, mass_bits = fields
+        refused, start, stop, vocab_size, tokens, smoothing_bits, digest, batch, mass_bits = fields
         smoothing, mass = bits_float(smoothing_bits), bits_float(mass_bits)
-        return cls(bool(refused), start, stop, vocab_size, tokens, smoothing, digest, mass)
+        return cls(bool(refused), start, stop, vocab_size, tokens, smoothing, digest, batch, mass)
+
+
+def batch_checksum(target_T: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """A number that tells batches apart: of the labels in their places, and of what the loss is divided by.
+
+    `[]` int64, on the target's device and without a synchronisation. Probabilities differ from rank to rank, as
+    their columns do, and are left out.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=target_T.device)
+    if not target_T.is_floating_point():
+        places_T = torch.arange(len(target_T), device=target_T.device)
+        mixed_T = (target_T + places_T * MIXERS[0]) * MIXERS[1]
+        for mixer in MIXERS[1:]:  # not linear, so that labels which change places do not cancel out
+            mixed_T = (mixed_T ^ (mixed_T >> 31)) * mixer
+        total = mixed_T.sum()
+    if num_items_in_batch is None:
+        return total
+    return total + torch.as_tensor(num_items_in_batch).reshape(()).to(total.device, torch.int64)
 
 
 def meet_once(header_H: Tensor, shard: VocabShard) -> None:
     """Exchange the headers alone, the first time that this shard is used: keep a shard, and it is done once.
 
     Raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree.
-    Collectives: one all-gather of 64 bytes a rank, once for each `VocabShard`; none with one rank. Remembering bounds
+    Collectives: one all-gather of 72 bytes a rank, once for each `VocabShard`; none with one rank. Remembering bounds
     instead would part the ranks when a vocabulary is cut anew and some of them keep theirs.
     """
     if shard.world_size == 1 or shard.met:
@@ -70,10 +93,10 @@ def meet_once(header_H: Tensor, shard: VocabShard) -> None:
 
 
 def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Tensor]:
-    """Send the header alone, whatever was agreed on before; calling what is returned gives all ranks' `[R, 8]`.
+    """Send the header alone, whatever was agreed on before; calling what is returned gives all ranks' `[R, 9]`.
 
     That call raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree; it reads
-    the headers on the host. Collectives: one all-gather of 64 bytes a rank, none with one rank.
+    the headers on the host. Collectives: one all-gather of 72 bytes a rank, none with one rank.
     """
     wait = start_all_gather(header_H, shard)
 
@@ -86,9 +109,9 @@ def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Tensor]:
 
 
 def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Give every rank the statistics of all: `stats_RFT` and the headers `[R, 8]` that came with them.
+    """Give every rank the statistics of all: `stats_RFT` and the headers `[R, 9]` that came with them.
 
-    Collectives: one all-gather of 64 + stats bytes a rank; none with one rank.
+    Collectives: one all-gather of 72 + stats bytes a rank; none with one rank.
     """
     if shard.world_size == 1:
         return stats_FT.unsqueeze(0), header_H.unsqueeze(0)
@@ -104,8 +127,8 @@ def check(headers_RH: Tensor, rank: int) -> None:
     if headers_RH.device.type == "cpu":
         raise_disagreement(headers_RH, rank)
     else:
-        alike = (headers_RH[:, 3:7] == headers_RH[rank, 3:7]).all()
-        mass = headers_RH[:, 7].contiguous().view(torch.float64).sum()
+        alike = (headers_RH[:, ALIKE] == headers_RH[rank, ALIKE]).all()
+        mass = headers_RH[:, PRIOR_MASS].contiguous().view(torch.float64).sum()
         whole = (mass - 1).abs() <= PRIOR_MASS_TOLERANCE
         torch._assert_async((headers_RH[:, 0] == 0).all() & alike & whole)
 
@@ -129,6 +152,11 @@ def disagreement(headers: list[Header], rank: int) -> str | None:
                 what = "another argument (ignore_index, reduction, ..., dtype)" if name == "digest" else name
                 values = "" if name == "digest" else f": {here} here (rank {rank}), {there} on rank {other}"
                 return f"all ranks of a vocabulary must be called alike, but they differ in {what}{values}"
+        if header.batch != own.batch:
+            return (
+                "all ranks of a vocabulary must be given the same batch, but labels (or num_items_in_batch) here, on "
+                f"rank {rank}, are not those on rank {other}: feed the ranks of a tensor-parallel group the same rows"
+            )
     bounds = [(header.start, header.stop) for header in headers]
     starts = [0] + [stop for _, stop in bounds[:-1]]
     if any(start != expected for (start, _), expected in zip(bounds, starts, strict=True)):

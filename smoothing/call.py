@@ -43,6 +43,7 @@ class LossCall:
     prior: Tensor | None  # [K], in the statistics' dtype
     statistics_dtype: torch.dtype
     input_dtype: torch.dtype
+    batch: Tensor | None = None  # `agreement.batch_checksum`; None for a call that is only going to be refused
     alike: tuple = ()  # whatever else the ranks must have alike
 
     @property
@@ -85,11 +86,14 @@ class LossCall:
             tokens=self.tokens,
             label_smoothing=self.options.label_smoothing,
             digest=self.options.digest(*extra),
+            batch=0,
             prior_mass=uniform_mass,
         )
         header_H = torch.tensor(header.encode(), dtype=torch.int64).to(self.target.device, non_blocking=True)
         if self.prior is not None:
-            header_H[7] = self.prior.sum(dtype=torch.float64).view(torch.int64)
+            header_H[agreement.PRIOR_MASS] = self.prior.sum(dtype=torch.float64).view(torch.int64)
+        if not refused and self.batch is not None:
+            header_H[agreement.BATCH] = self.batch
         if not refused and not self.soft and header_H.device.type != "cpu":
             header_H[0] = self.targets_outside().any()
         return header_H
@@ -113,7 +117,7 @@ class LossCall:
             starts_R = headers_RH[:, 1].contiguous()
             label_T = self.target[tokens].clamp(0, self.shard.vocab_size - 1)
             owner_T = torch.bucketize(label_T, starts_R, right=True) - 1
-        prior_mass_R = headers_RH[:, 7].contiguous().view(torch.float64) if with_prior else None
+        prior_mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64) if with_prior else None
         return combine(stats_RFT, owner_T, prior_mass_R)
 
     def refuse_meeting(self, fault: str) -> None:

@@ -52,7 +52,7 @@ def vocab_parallel_linear_cross_entropy(
 
     Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
     arguments are wrong or the ranks' differ.
-    Collectives, C chunks of n tokens: one all-gather of 64 bytes; with smoothing one all-reduce of H+1 numbers; C
+    Collectives, C chunks of n tokens: one all-gather of 72 bytes; with smoothing one all-reduce of H+1 numbers; C
     all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a gradient, C
     all-reduces of n·H numbers (in backward with `reduction="none"`). On a device two host synchronisations.
     """
@@ -77,6 +77,7 @@ def vocab_parallel_linear_cross_entropy(
         prior=None if smoothing_prior is None else smoothing_prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=dtype,
+        batch=agreement.batch_checksum(flat_T, num_items_in_batch),
         alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
     )
     job = _Job(call, leading, rows_N, wanted, num_items_in_batch, chunk_bytes, return_stats)

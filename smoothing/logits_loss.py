@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from smoothing import agreement
 from smoothing.call import LossCall, TokenStats, argument_fault, refused_call
 from smoothing.options import LossOptions
 from smoothing.shard import VocabShard
@@ -46,7 +47,7 @@ def vocab_parallel_cross_entropy(
     Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
     arguments are wrong or the ranks' differ (targets on a device: a device-side assertion).
     Collectives: forward one all-gather of 16 bytes a token (20 with probabilities) and 64 a call from each rank,
-    and once for each `VocabShard` one of 64 bytes; backward none.
+    and once for each `VocabShard` one of 72 bytes; backward none.
     Source: Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
@@ -56,13 +57,15 @@ def vocab_parallel_cross_entropy(
     if fault:
         refused_call(leading.numel(), logits.device, shard).refuse(fault)
     statistics_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    flat_T = target.reshape(leading.numel(), width) if target.is_floating_point() else target.reshape(-1)
     call = LossCall(
-        target=target.reshape(leading.numel(), width) if target.is_floating_point() else target.reshape(-1),
+        target=flat_T,
         shard=shard,
         options=options,
         prior=None if smoothing_prior is None else smoothing_prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=logits.dtype,
+        batch=agreement.batch_checksum(flat_T, num_items_in_batch),
     )
     logits_TS = logits.reshape(leading.numel(), width)
     with torch.autocast(logits.device.type, enabled=False):

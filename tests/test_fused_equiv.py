@@ -348,7 +348,7 @@ def test_every_rank_issues_the_same_collectives():
         results = pool(4).run(cost, case, chunk_bytes=rows * 32 * 4, frozen=how, hidden_size=hidden)
         for result in results:
             names = [(("gather" if "gather" in name else "reduce"), sent) for name, sent in result["out"]]
-            expected = [("gather", 64), ("reduce", 4 * (hidden + 1))]
+            expected = [("gather", 72), ("reduce", 4 * (hidden + 1))]
             for n in chunks:
                 expected += [("gather", 12 * n)] + ([("reduce", 4 * n * hidden)] if with_hidden else [])
             assert names == expected
@@ -617,6 +617,9 @@ WRONG = {
     "num-items": (lambda given: {"num_items_in_batch": 3, "reduction": "sum"}, r"num_items_in_batch"),
     # what only shows beside the others: every rank's message
     "fewer-labels": (lambda given: {"target": torch.tensor([0, -100, -100, 5, 6])}, None),
+    "other-labels": (lambda given: {"target": torch.tensor([0, 11, -100, 6, 5])}, None),
+    "labels-elsewhere": (lambda given: {"target": torch.tensor([0, -100, 11, 5, 6])}, None),
+    "other-items": (lambda given: {"num_items_in_batch": torch.tensor(3)}, None),
     "other-smoothing": (lambda given: {"label_smoothing": 0.2}, None),
     "other-budget": (lambda given: {"chunk_bytes": 100}, None),
     "frozen-here-only": (lambda given: {"weight": given["weight"].detach()}, None),
@@ -643,7 +646,7 @@ def test_wrong_on_one_rank_raises_on_every_rank(what, later):
             assert error == "ValueError", f"rank {rank}: {error} {message}"
             pattern = WRONG[what][1]
             if pattern is None:
-                assert re.search("differ|sum to 1", message), message
+                assert re.search("differ|sum to 1|same batch", message), message
             else:
                 assert re.search(pattern if rank == wrong_rank else rf"rank\D*{wrong_rank}", message), message
             assert before is None or before == after
