@@ -1,5 +1,9 @@
-"""Mistakes that a user can mend."""
+"""What ends a run with a sentence instead of a traceback."""
 
 
 class UserError(Exception):
-    """One sentence for the user: what was expected, what came, what to do. Shown without a traceback."""
+    """A mistake that the user can mend: what was expected, what came, what to do. All ranks raise it alike."""
+
+
+class LocalError(Exception):
+    """A mishap that one rank alone may know of. That rank says it, and leaves without waiting for the others."""

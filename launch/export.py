@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from launch.processes import from_main
 
 MODEL = "model"
+WEIGHTS = "*.safetensors"
 
 
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> Path:

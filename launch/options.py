@@ -63,6 +63,18 @@ class SftOptions:
         default=False, metadata={"help": "With --zero 3: keep optimizer and parameters on the CPU."}
     )
     samples: int = field(default=3, metadata={"help": "Held-out prompts to complete and show at the end."})
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "What to do at a step whose loss or gradient is not finite. stop: end the run there, its update "
+            "not made. skip: leave the step out on all ranks and go on.",
+            "choices": ["stop", "skip"],
+        },
+    )
+    stall_timeout: float = field(
+        default=600.0,
+        metadata={"help": "Seconds without progress on a rank after which the run stops and says where; 0: never."},
+    )
     sanity: bool = field(default=False, metadata={"help": "Check this run on one device instead of starting it."})
     recipe: str | None = field(default=None, metadata={"help": "YAML file of any of these keys; flags override it."})
 
@@ -86,11 +98,13 @@ class SftTrainingArguments(TrainingArguments):
     logging_steps: float = 10
     eval_strategy: str = "epoch"
     eval_on_start: bool = True
-    save_strategy: str = "no"
+    save_strategy: str = "steps"
+    save_steps: float = 0.1  # of all steps
+    save_total_limit: int | None = 2
     report_to: str | list[str] = "none"
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     prediction_loss_only: bool = True
-    remove_unused_columns: bool = True
+    remove_unused_columns: bool = False  # the collator keeps what the model takes, and where rows come from
     average_tokens_across_devices: bool = True
     metric_for_best_model: str | None = "eval_nll"
     greater_is_better: bool | None = False
@@ -215,5 +229,7 @@ def _check(options: SftOptions) -> None:
         raise UserError(f"--eval_fraction must lie in [0, 1), got {options.eval_fraction}")
     if options.max_length < 8:
         raise UserError(f"--max_length must be at least 8, got {options.max_length}")
+    if not options.stall_timeout >= 0:
+        raise UserError(f"--stall_timeout must be at least 0 seconds, got {options.stall_timeout}")
     if options.offload and options.zero != 3:
         raise UserError(f"--offload goes with --zero 3, got --zero {options.zero}")

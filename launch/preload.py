@@ -26,6 +26,21 @@ def skip_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def load_weights_only() -> None:
+    """Nothing that `torch.load` reads may run code: checkpoints of a directory that a user was merely pointed at.
+
+    DeepSpeed asks for full pickles; torch lets the environment overrule it. What its checkpoints hold beside tensors
+    is named here.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+
+
 def keep_quiet() -> None:
     """Errors and this project's own words only; no progress bars into a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -2,14 +2,11 @@
 
 import os
 import socket
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from launch.errors import UserError
-
-RUNS = Path("runs")
 
 
 def ensure_environment() -> None:
@@ -31,8 +28,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def say(text: str) -> None:
@@ -67,32 +68,19 @@ def from_main(compute):
     return box[0]
 
 
-def claim_output_dir(wanted: str | None, resuming: bool) -> str:
-    """The directory of this run, made on rank 0: `wanted`, or the next free number in `runs/`.
+def on_all_ranks(compute) -> list:
+    """`[compute() on rank 0, on rank 1, ...]`, everywhere. What one raises, all raise, as a `UserError`.
 
-    Raises `UserError` if `wanted` already holds files: a finished run is never overwritten in silence.
+    Collectives: one gather of objects.
     """
-    return from_main(lambda: _next_numbered() if wanted is None else _claim(Path(wanted), resuming))
-
-
-def _claim(path: Path, resuming: bool) -> str:
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir {path} is a file; name a directory")
-    if path.exists() and any(path.iterdir()) and not resuming:
-        raise UserError(f"--output_dir {path} already holds a run; name another directory, or move this one away")
-    if (path / "model").exists():
-        raise UserError(f"--output_dir {path} already holds an exported model; move {path / 'model'} away to resume")
-    path.mkdir(parents=True, exist_ok=True)
-    return str(path)
-
-
-def _next_numbered() -> str:
-    RUNS.mkdir(exist_ok=True)
-    numbers = [int(entry.name) for entry in RUNS.iterdir() if entry.name.isdigit()]
-    number = max(numbers, default=0) + 1
-    while True:
-        try:
-            (RUNS / f"{number:04d}").mkdir()
-            return str(RUNS / f"{number:04d}")
-        except FileExistsError:  # another run took it meanwhile
-            number += 1
+    try:
+        own = (compute(), None)
+    except Exception as fault:
+        own = (None, f"rank {rank()} failed: {fault}")
+    everybody = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everybody = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, own)
+    if failed := [fault for _, fault in everybody if fault is not None]:
+        raise UserError(failed[0])
+    return [value for value, _ in everybody]

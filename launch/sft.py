@@ -11,30 +11,35 @@ from pathlib import Path
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.preload import keep_quiet, share_cores, skip_shared_memory_op
+from launch.preload import keep_quiet, load_weights_only, share_cores, skip_shared_memory_op
 
 share_cores()
 keep_quiet()
 skip_shared_memory_op()
+load_weights_only()
 
 import torch
-import yaml
 from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
+from launch.callbacks import LogBeforeSaving, MetricsFile, Progress, ResolvedDeepSpeed
 from launch.data.blanks import fill_to_multiple
 from launch.data.collate import PadToLongest
 from launch.deepspeed_config import deepspeed_config
+from launch.ending import run_to_its_end
 from launch.errors import UserError
-from launch.export import export
+from launch.export import MODEL, export
 from launch.model import load_model
+from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
-from launch.processes import claim_output_dir, ensure_environment, is_main, leave, say, world_size
+from launch.processes import ensure_environment, from_main, is_main, say, world_size
+from launch.run_dir import Run, open_run
 from launch.samples import complete, shown
 from launch.sanity import check_run
+from launch.stopping import StopOnSignal, Stopped
 from launch.trainer import SftTrainer
+from launch.watchdog import Watchdog
 from smoothing.hf import SmoothedLossCallback
 
 
@@ -45,12 +50,33 @@ def main(argv: list[str]) -> None:
         sys.exit(check_run(options, training_values))
     args = training_arguments(options, training_values)
     tokenizer, data = load_data(options)
-    args.output_dir = claim_output_dir(training_values.get("output_dir"), bool(args.resume_from_checkpoint))
-    write_resolved(options, args, training_values.get("deepspeed"))
-    trainer = make_trainer(options, args, tokenizer, data)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    show_samples(trainer, tokenizer, data.heldout, options.samples)
-    say(f"model: {export(trainer, tokenizer, args.output_dir)}")
+    recipe = resolved(options, args, training_values.get("deepspeed"))
+    facts = layout(options, args, data)
+    run = open_run(training_values.get("output_dir"), recipe, args.resume_from_checkpoint, facts)
+    if run.finished:
+        say(f"{run.path} is finished: its model is in {run.path / MODEL}. To train on, move that away")
+        return
+    say(f"run: {run.path}")
+    with Watchdog(options.stall_timeout) as watchdog:
+        trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog)
+        train(trainer, run)
+        watchdog.beat("completing samples")
+        show_samples(trainer, tokenizer, data.heldout, options.samples)
+        watchdog.beat("exporting the model", storage=True)
+        say(f"model: {export(trainer, tokenizer, args.output_dir)}")
+
+
+def train(trainer: SftTrainer, run: Run) -> None:
+    """Train to the end. Raises `Stopped` after a signal, with a checkpoint written."""
+    with StopOnSignal() as stop:
+        # first of all, so that the others see the checkpoint that it asks for
+        trainer.callback_handler.callbacks.insert(0, stop)
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if stop.signal and trainer.state.global_step < trainer.state.max_steps:
+        step = trainer.state.global_step
+        raise Stopped(
+            stop.signal, f"stopped after step {step}; the same command with --output_dir {run.path} goes on"
+        )
 
 
 def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
@@ -77,13 +103,27 @@ def check_arguments(args: SftTrainingArguments) -> None:
         raise UserError(f'the DeepSpeed file says other values than the recipe; set them to "auto" there:\n{lines}')
     if args.fp16 and not get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint and not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {checkpoint} holds no checkpoint; name a checkpoint-N directory")
 
 
-def make_trainer(options: SftOptions, args: SftTrainingArguments, tokenizer, data) -> SftTrainer:
+def layout(options: SftOptions, args: SftTrainingArguments, data) -> dict:
+    """What a checkpoint has to know of the run that wrote it: how it is laid out over ranks, and its data."""
+    replicas = args.world_size // options.tp
+    return {
+        "tp": options.tp,
+        "data_parallel": replicas,
+        "zero": args.hf_deepspeed_config.config["zero_optimization"]["stage"],
+        "rows_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas,
+        "data": from_main(data.digest),
+    }
+
+
+def make_trainer(
+    options: SftOptions, args: SftTrainingArguments, tokenizer, data, run: Run, facts: dict, watchdog: Watchdog
+) -> SftTrainer:
     """The model under the smoothed loss in a Trainer; the loss goes in once DeepSpeed has sharded the model."""
+    args.output_dir = str(run.path)
+    if run.checkpoint is not None:
+        args.eval_on_start = False
     data_parallel = args.world_size // options.tp
     heldout = fill_to_multiple(data.heldout, data_parallel * args.per_device_eval_batch_size, tokenizer.eos_token_id)
     if not len(heldout):
@@ -96,6 +136,9 @@ def make_trainer(options: SftOptions, args: SftTrainingArguments, tokenizer, dat
         eval_dataset=heldout,
         data_collator=PadToLongest(tokenizer.pad_token_id),
         processing_class=tokenizer,
+        nonfinite=NonFiniteSteps(options.on_nonfinite),
+        watchdog=watchdog,
+        facts=facts,
     )
     trainer.add_callback(
         SmoothedLossCallback(label_smoothing=options.smoothing, head=options.head, on_stats=trainer.count)
@@ -105,15 +148,8 @@ def make_trainer(options: SftOptions, args: SftTrainingArguments, tokenizer, dat
     trainer.add_callback(Progress())
     trainer.add_callback(MetricsFile())
     trainer.add_callback(ResolvedDeepSpeed())
+    trainer.add_callback(LogBeforeSaving())
     return trainer
-
-
-def write_resolved(options: SftOptions, args: SftTrainingArguments, deepspeed: str | None) -> None:
-    """The resolved recipe, beside the run."""
-    if is_main():
-        text = yaml.safe_dump(resolved(options, args, deepspeed), sort_keys=True)
-        (Path(args.output_dir) / "recipe.yaml").write_text(text, encoding="utf-8")
-        say(f"run: {args.output_dir}")
 
 
 def show_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
@@ -127,10 +163,4 @@ def show_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as fault:
-        if is_main():
-            print(f"error: {fault}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    leave()  # not after an exception: another rank may still be in a collective
+    run_to_its_end(main, sys.argv[1:])

@@ -1,12 +1,18 @@
-"""`transformers.Trainer` that counts tokens: unsmoothed nll and accuracy beside the loss, exact over all ranks."""
+"""`transformers.Trainer` that counts tokens exactly over all ranks, and writes checkpoints that are whole."""
 
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import clip_grad_norm_
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
+from launch import checkpoints
+from launch.nonfinite import NonFiniteSteps, skip_without_zero
+from launch.processes import is_main
+from launch.watchdog import Watchdog
 from smoothing import TokenStats
 
 
@@ -15,6 +21,15 @@ class TokenMeter:
 
     def __init__(self):
         self.sums: torch.Tensor | None = None
+        self._before: torch.Tensor | None = None
+
+    def keep(self) -> None:
+        """What was added until now stays."""
+        self._before = self.sums
+
+    def drop(self) -> None:
+        """Forget what was added since the last `keep`: a step that was left out."""
+        self.sums = self._before
 
     def add(self, stats: TokenStats) -> None:
         now = torch.stack(
@@ -28,7 +43,7 @@ class TokenMeter:
         `copies`: how many ranks see the same tokens (the tensor-parallel size). Collectives: one all-reduce.
         """
         sums = torch.zeros(3, dtype=torch.float64, device=device) if self.sums is None else self.sums
-        self.sums = None
+        self.sums = self._before = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         nll, correct, tokens = (sums / copies).tolist()
@@ -36,7 +51,7 @@ class TokenMeter:
 
 
 class Stage0GradNorm(TrainerCallback):
-    """Keeps the norm that DeepSpeed computes and forgets when it clips fp32 gradients without ZeRO."""
+    """Keeps the norm that DeepSpeed computes and forgets when it clips fp32 gradients without ZeRO, and heeds it."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -50,20 +65,73 @@ class Stage0GradNorm(TrainerCallback):
     def _clip(engine) -> None:
         parameters, limit = engine.module.parameters(), engine.gradient_clipping()
         engine._global_grad_norm = clip_grad_norm_(parameters, limit, mpu=engine.mpu)
+        skip_without_zero(engine, engine._global_grad_norm)
 
 
 class SftTrainer(Trainer):
-    """Adds `nll`, `accuracy`, label tokens, tokens/s and peak memory to every log, `eval_nll` to evaluations."""
+    """Adds `nll`, `accuracy`, label tokens, tokens/s and peak memory to every log, `eval_nll` to evaluations.
 
-    def __init__(self, *args, **kwargs):
+    Checkpoints are written aside and renamed (`launch.checkpoints`), with `facts` in their manifests; steps that are
+    not finite are stopped at or left out (`launch.nonfinite`).
+    """
+
+    def __init__(self, *args, nonfinite: NonFiniteSteps, watchdog: Watchdog, facts: dict, **kwargs):
         super().__init__(*args, **kwargs)
+        self.nonfinite, self.watchdog, self.facts = nonfinite, watchdog, facts
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
+        self._where: list[str] = []
+        self._aside: Path | None = None
         self.add_callback(Stage0GradNorm(self))
+        self.add_callback(watchdog)
 
     def count(self, stats: TokenStats) -> None:
         """The installed loss calls this with every forward's statistics."""
-        (self.train_meter if self.model.training else self.eval_meter).add(stats)
+        if self.model.training:
+            self.train_meter.add(stats)
+            self.nonfinite.note(self._where, stats.nll)
+        else:
+            self.eval_meter.add(stats)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            applied = self.deepspeed.was_step_applied()
+            self.train_meter.keep() if applied else self.train_meter.drop()
+            self.nonfinite.close(applied, self.state.global_step + 1, scaled=self.args.fp16)
+        return loss
+
+    def _prepare_inputs(self, inputs):
+        self._where = inputs.pop("where", [])  # of the rows; the model has no use for it
+        return super()._prepare_inputs(inputs)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end; Trainer would take one step more
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self.watchdog.beat(f"saving {name}", storage=True)
+        try:
+            with checkpoints.written_aside(run, name, self.facts) as self._aside:
+                super()._save_checkpoint(model, trial)
+                self._point_to_best(self._aside / name, run)
+        finally:
+            self._aside = None
+        if is_main():
+            checkpoints.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _point_to_best(self, folder: Path, run: Path) -> None:
+        """Trainer has noted where the best checkpoint is while this one lies aside."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+            if is_main():
+                self.state.save_to_json(folder / TRAINER_STATE_NAME)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -11,10 +11,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.processes import leave
+from launch.ending import run_to_its_end
 from launch.sft import main
 
-for argv in json.loads(Path(sys.argv[-1]).read_text()):
-    main(argv)
-    gc.collect()
-leave()
+
+def every(argv: list[str]) -> None:
+    for arguments in json.loads(Path(argv[-1]).read_text()):
+        main(arguments)
+        gc.collect()
+
+
+run_to_its_end(every, sys.argv[1:])

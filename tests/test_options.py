@@ -9,7 +9,6 @@ import yaml
 from launch.deepspeed_config import DS_CONFIGS, deepspeed_config
 from launch.errors import UserError
 from launch.options import DEFAULT_RECIPE, SftOptions, SftTrainingArguments, parse_options, resolved
-from launch.processes import claim_output_dir
 
 MODEL = ("--model", "somewhere")
 
@@ -163,13 +162,3 @@ def test_every_ds_config_has_a_twin_with_tensor_parallelism():
             twin = json.loads((DS_CONFIGS / f"{path.stem}_tp.json").read_text())
             assert twin["zero_optimization"]["stage"] == json.loads(path.read_text())["zero_optimization"]["stage"]
             assert twin["tensor_parallel"]["vocab_parallel_lm_head"] is True
-
-
-def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    first, second = claim_output_dir(None, False), claim_output_dir(None, False)
-    assert (first, second) == ("runs/0001", "runs/0002")
-    (tmp_path / first / "metrics.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="already holds a run"):
-        claim_output_dir(first, False)
-    assert claim_output_dir(first, True) == first

@@ -10,7 +10,7 @@ from launch.data.rows import IGNORED
 
 @dataclass(frozen=True)
 class PadToLongest:
-    """Pads on the right to the longest row, rounded up to a multiple; columns [rows, length], int64.
+    """Pads on the right to the longest row, rounded up to a multiple; columns [rows, length], int64, and `where`.
 
     Raises ValueError for no rows, or a row whose labels are not as long as its input_ids.
     """
@@ -32,4 +32,5 @@ class PadToLongest:
             input_ids[index, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             labels[index, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
             attention_mask[index, :length] = 1
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        where = [row.get("where", "") for row in rows]
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "where": where}

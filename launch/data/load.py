@@ -1,5 +1,6 @@
 """The data of a run, from its source to two encoded splits: read, recognise, split, encode."""
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -43,6 +44,15 @@ class EncodedData:
     train: datasets.Dataset
     heldout: datasets.Dataset
     report: DropReport
+
+    def digest(self) -> str:
+        """SHA-256 of the rows to train on: tokens and labels, in their order."""
+        found = hashlib.sha256()
+        for name in ("input_ids", "labels"):
+            for chunk in self.train.data.column(name).chunks:
+                found.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+                found.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+        return found.hexdigest()
 
 
 @dataclass

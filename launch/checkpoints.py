@@ -1,0 +1,198 @@
+"""Checkpoints that are whole or not there: written aside, sealed with digests, renamed, and looked at before use.
+
+A `checkpoint-N` directory holds `manifest.json`: every other file's size and SHA-256, and facts of the run that wrote
+it. All ranks read and write them together, each a share of the files, on storage that they share.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from launch.errors import LocalError, UserError
+from launch.processes import from_main, is_main, on_all_ranks, rank, say, world_size
+
+MANIFEST = "manifest.json"
+PARTIAL = "checkpoint.partial"
+DAMAGED = "damaged-"
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a `checkpoint-N`, or None."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The `checkpoint-N` directories of a run, the latest first."""
+    found = [folder for folder in run.iterdir() if folder.is_dir() and step_of(folder) is not None]
+    return sorted(found, key=step_of, reverse=True)
+
+
+@contextmanager
+def written_aside(run: Path, name: str, facts: dict) -> Iterator[Path]:
+    """A directory to write the checkpoint `name` into from all ranks; it becomes `run/name`, sealed, at the end.
+
+    What goes wrong while it is written or sealed ends the run in a sentence, on the rank that it happens to, and
+    leaves the earlier checkpoints as they were. All ranks must enter together.
+    """
+    aside = run / PARTIAL
+    from_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+    try:
+        yield aside
+        seal(aside / name, facts)
+        from_main(lambda: publish(aside / name, run / name))
+    except UserError as fault:
+        raise UserError(_not_written(run, name, fault)) from None
+    except Exception as fault:
+        if not _of_writing(fault):
+            raise
+        raise LocalError(_not_written(run, name, fault)) from fault
+    finally:
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(folder: Path, facts: dict) -> None:
+    """Bring every file to disk and write the manifest. Collectives: two gathers of objects and a broadcast."""
+    files = from_main(lambda: _files(folder))
+    shares = on_all_ranks(lambda: {name: _entry(folder / name, flush=True) for name in _share(files)})
+    entries = {name: entry for share in shares for name, entry in share.items()}
+    from_main(lambda: _write_manifest(folder, {"facts": facts, "files": entries}))
+
+
+def publish(sealed: Path, final: Path) -> None:
+    """Rename a sealed checkpoint to its place, and bring the renaming to disk."""
+    if final.exists():
+        shutil.rmtree(final)  # this step's own, from before the run was resumed at an earlier one
+    sealed.rename(final)
+    _flush_directory(final.parent)
+
+
+def rotate(run: Path, keep: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints but `keep` (at least one) and the best. For rank 0."""
+    if keep is None:
+        return
+    for folder in checkpoints(run)[max(1, keep) :]:
+        if best is None or folder.resolve() != Path(best).resolve():
+            # renamed first: half of a removed checkpoint must not look like one
+            doomed = folder.rename(run / f"{DAMAGED}{folder.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def last_whole(run: Path) -> Path | None:
+    """The latest checkpoint whose files are those that were written. Others are set aside, with a sentence."""
+    for folder in from_main(lambda: checkpoints(run)):
+        fault = damage(folder)
+        if fault is None:
+            return folder
+        kept = from_main(lambda folder=folder: _set_aside(folder))
+        say(f"{folder} is not whole: {fault}; it is now {kept}, and the one before it is taken")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Collectives: a broadcast and a gather of objects."""
+    manifest = from_main(lambda: _read_manifest(folder))
+    if isinstance(manifest, str):
+        return manifest
+    entries = manifest["files"]
+    shares = on_all_ranks(lambda: [_file_fault(folder, name, entries[name]) for name in _share(entries)])
+    faults = [fault for share in shares for fault in share if fault]
+    return faults[0] if faults else None
+
+
+def facts_of(folder: Path) -> dict:
+    """What the run that wrote a whole checkpoint said of itself."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["facts"]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _share(files) -> list[str]:
+    """This rank's part of the files to read."""
+    return sorted(files)[rank() :: world_size()]
+
+
+def _entry(path: Path, flush: bool = False) -> dict:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if flush:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _file_fault(folder: Path, name: str, entry: dict) -> str | None:
+    try:
+        size = (folder / name).stat().st_size
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes where {entry['bytes']} were written"
+        if _entry(folder / name)["sha256"] != entry["sha256"]:
+            return f"the contents of {name} are not those that were written"
+    except OSError as fault:
+        return f"{name} cannot be read ({fault.strerror})"
+    return None
+
+
+def _read_manifest(folder: Path) -> dict | str:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if _digest(manifest) != manifest["digest"]:
+            return f"the contents of {MANIFEST} are not those that were written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
+        return f"{MANIFEST} cannot be read"
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    manifest["digest"] = _digest(manifest)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _flush_directory(path)
+
+
+def _digest(manifest: dict) -> str:
+    content = {key: manifest[key] for key in ("facts", "files")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(folder: Path) -> str:
+    kept = folder.parent / f"{DAMAGED}{folder.name}"
+    shutil.rmtree(kept, ignore_errors=True)
+    folder.rename(kept)
+    return kept.name
+
+
+def _of_writing(fault: Exception) -> bool:
+    """Whether a file could not be written: torch says so in a RuntimeError, as a lost peer is said in another."""
+    writers = ("PytorchStreamWriter", "inline_container", "iostream", "unexpected pos")
+    return isinstance(fault, OSError | SafetensorError) or any(word in str(fault) for word in writers)
+
+
+def _not_written(run: Path, name: str, fault: Exception) -> str:
+    earlier = checkpoints(run)
+    stands = f"{earlier[0]} stands, and the same command goes on from it" if earlier else "there is none before it"
+    reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+    free = shutil.disk_usage(run).free / 2**30
+    return f"{run / name} could not be written ({reason}; {free:.1f} GiB are free there): the run stops; {stands}"

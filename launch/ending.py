@@ -1,0 +1,57 @@
+"""How a process of a run ends: exit codes, sentences for mistakes and mishaps, and nobody left waiting."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from launch.errors import LocalError, UserError
+from launch.processes import is_main, leave, rank
+from launch.stopping import Stopped
+
+# What gloo, NCCL and the store say to the ranks that outlive another.
+PEER_LOST = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL",
+    "TCPStore",
+)
+
+
+def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """`main(argv)`, then an orderly end; 2 after a user's mistake, 1 after a mishap, 128 + n after signal n.
+
+    After a mishap the process leaves at once, without destructors: another rank may be in a collective, and the
+    launcher ends the others when it sees this one gone.
+    """
+    code = 1
+    try:
+        main(argv)
+        leave()
+        return
+    except Stopped as stop:
+        code = stop.code
+        _tell(str(stop), everywhere=False)
+    except UserError as fault:
+        code = 2
+        _tell(f"error: {fault}", everywhere=False)
+    except LocalError as fault:
+        _tell(f"error: rank {rank()}: {fault}", everywhere=True)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception as fault:
+        if any(words in str(fault) for words in PEER_LOST):
+            _tell(f"rank {rank()}: another rank is gone, this one stops; what it said stands above", everywhere=True)
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _tell(text: str, everywhere: bool) -> None:
+    if everywhere or is_main():
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""The directory of a run: made anew, gone on with by the same command, never overwritten."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from launch import checkpoints
+from launch.errors import UserError
+from launch.export import MODEL
+from launch.processes import from_main, say
+
+RUNS = Path("runs")
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+
+# Keys that may change from one start of a run to the next: what it shows and keeps, how far it goes, and how the same
+# computation is laid out (`_check_facts` looks at that).
+# fmt: off
+FREE = {
+    "logging_steps", "report_to", "samples", "run_name", "disable_tqdm", "log_level",
+    "eval_steps", "eval_strategy", "eval_on_start", "do_eval", "per_device_eval_batch_size",
+    "save_steps", "save_strategy", "save_total_limit", "resume_from_checkpoint", "stall_timeout", "on_nonfinite",
+    "max_steps", "num_train_epochs",
+    "tp", "zero", "offload", "deepspeed", "head", "gradient_checkpointing",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and the checkpoint that it goes on from, if any."""
+
+    path: Path
+    checkpoint: Path | None = None
+    finished: bool = False
+
+
+def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: dict) -> Run:
+    """`wanted` (None: the next free number in `runs/`), claimed for this recipe on all ranks.
+
+    A directory of the same recipe is gone on with, from its last whole checkpoint; a finished one is left alone. An
+    explicit `checkpoint` is where a directory without any starts from. Raises `UserError` if `wanted` holds something
+    else, another recipe, or a checkpoint that is not whole, or one of a run that these `facts` do not go on with.
+    """
+    path, known = from_main(lambda: _claim(wanted, recipe))
+    if from_main(lambda: (path / MODEL).exists()):
+        return Run(path, finished=True)
+    last = checkpoints.last_whole(path) if known else None
+    if last is None and checkpoint is not None:
+        last = _given(Path(checkpoint))
+    if last is not None:
+        from_main(lambda: _check_facts(last, facts))
+    from_main(lambda: _settle(path, recipe, last))
+    if known:
+        say(f"going on from {last}" if last else f"{path} holds no whole checkpoint yet: starting from the beginning")
+    return Run(path, last)
+
+
+def _claim(wanted: str | None, recipe: dict) -> tuple[Path, bool]:
+    """The directory, and whether it is this recipe's already."""
+    if wanted is None:
+        return _next_numbered(), False
+    path = Path(wanted)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path} is a file; name a directory")
+    if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        if not (path / RECIPE).is_file():
+            raise UserError(f"--output_dir {path} holds files that are no run of this recipe; name another directory")
+        _compare(path, recipe)
+        return path, True
+    path.mkdir(parents=True, exist_ok=True)
+    return path, False
+
+
+def _next_numbered() -> Path:
+    RUNS.mkdir(exist_ok=True)
+    numbers = [int(entry.name) for entry in RUNS.iterdir() if entry.name.isdigit()]
+    number = max(numbers, default=0) + 1
+    while True:
+        try:
+            (RUNS / f"{number:04d}").mkdir()
+            return RUNS / f"{number:04d}"
+        except FileExistsError:  # another run took it meanwhile
+            number += 1
+
+
+def _compare(path: Path, recipe: dict) -> None:
+    """Raise if the run in `path` was told to learn something else; say what else has changed."""
+    try:
+        before = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+        changed = {key for key in before.keys() | recipe.keys() if before.get(key) != recipe.get(key)}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as fault:
+        raise UserError(f"{path / RECIPE} cannot be read ({fault}); name another --output_dir") from None
+    words = {key: f"{key}: {before.get(key)} before, {recipe.get(key)} now" for key in sorted(changed)}
+    if other := [text for key, text in words.items() if key not in FREE]:
+        raise UserError(
+            f"--output_dir {path} holds a run of another recipe; use its own, or name another directory:\n  "
+            + "\n  ".join(other)
+        )
+    for text in words.values():
+        say(f"changed since {path} was started: {text}")
+
+
+def _given(checkpoint: Path) -> Path:
+    if not from_main(lambda: (checkpoint / "trainer_state.json").is_file()):
+        raise UserError(f"--resume_from_checkpoint {checkpoint} holds no checkpoint; name a checkpoint-N directory")
+    if fault := checkpoints.damage(checkpoint):
+        raise UserError(f"--resume_from_checkpoint {checkpoint} is not whole: {fault}; name an earlier one")
+    return checkpoint
+
+
+def _check_facts(checkpoint: Path, facts: dict) -> None:
+    before = checkpoints.facts_of(checkpoint)
+    if before["data"] != facts["data"]:
+        raise UserError(
+            f"the rows to train on are not those that {checkpoint} was made with (--data has changed, or how it is "
+            "tokenised); bring them back, or name another --output_dir"
+        )
+    if before["rows_a_step"] != facts["rows_a_step"]:
+        raise UserError(
+            f"{checkpoint} was made with {before['rows_a_step']} rows a step, and this run would take "
+            f"{facts['rows_a_step']}; change --per_device_train_batch_size or --gradient_accumulation_steps so that "
+            "rows x accumulation x data-parallel ranks stay the same"
+        )
+    for name in ("tp", "data_parallel", "zero"):
+        if before[name] != facts[name]:
+            raise UserError(
+                f"{checkpoint} was made with {name} {before[name]}, this run has {facts[name]}; start it as it was"
+            )
+
+
+def _settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
+    """Write the recipe, remove what an interrupted start left, and forget metrics past the checkpoint."""
+    shutil.rmtree(path / checkpoints.PARTIAL, ignore_errors=True)
+    shutil.rmtree(path / f"{MODEL}.partial", ignore_errors=True)
+    _replace(path / RECIPE, yaml.safe_dump(recipe, sort_keys=True))
+    if (path / METRICS).exists():
+        step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
+        _replace(path / METRICS, "".join(_metrics_until(path / METRICS, step)) if checkpoint else "")
+
+
+def _metrics_until(path: Path, step: int) -> list[str]:
+    """Whole lines of steps up to `step`: an interrupted run leaves half a line, and lines of steps now undone."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one, whatever happens meanwhile."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,65 @@
+"""SIGTERM or Ctrl-C: finish the step, write a checkpoint, stop; all ranks together."""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from launch.processes import say
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """The run ended on a signal, with a checkpoint. `code`: what the process exits with."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns the first signal on any rank into a checkpoint and an end on all of them, after the step under way.
+
+    Listens while entered. A second Ctrl-C ends the process at once. The deepspeed launcher passes a signal on to one
+    rank after another and gives each half a minute, so a step and its checkpoint have that long. Collectives: one
+    all-reduce of one number a step, between the hosts (gloo), so that no device waits.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self._group = None
+
+    def __enter__(self) -> "StopOnSignal":
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.signal == number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = self.signal or number
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.signal = self._agreed()
+        if self.signal:
+            say(f"stopping on {signal.Signals(self.signal).name} after step {state.global_step}: saving a checkpoint")
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+    def _agreed(self) -> int:
+        if self._group is None:
+            return self.signal
+        seen = torch.tensor([self.signal])
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._group)
+        return int(seen)

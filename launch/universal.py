@@ -1,0 +1,49 @@
+"""A checkpoint of one layout over ranks, made ready for another, through DeepSpeed's universal checkpoints."""
+
+import contextlib
+import io
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+from deepspeed.checkpoint import ds_to_universal
+
+from launch.errors import UserError
+from launch.export import WEIGHTS
+
+FOLDER = "checkpoint.universal.partial"
+LAYOUT = ("tp", "data_parallel", "zero")
+
+
+def convert(checkpoint: Path, run: Path) -> Path:
+    """A directory in `run` from which any layout can go on; for rank 0. It holds the optimizer's state in fp32.
+
+    Raises `UserError` if DeepSpeed cannot convert it (a layer whose shards it cannot put together, or ZeRO 0, which
+    writes no state that it could).
+    """
+    folder = run / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_file() and not path.match(WEIGHTS):
+            shutil.copy(path, folder)
+    source = next(checkpoint.glob("global_step*"))
+    target = folder / f"{source.name}_universal"
+    args = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,  # in this process: others would read pickles unguarded
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            ds_to_universal.main(args)
+    except Exception as fault:
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise UserError(f"{checkpoint} cannot be converted to another layout over ranks: {reason}") from fault
+    (folder / "latest_universal").write_text(target.name)
+    return folder

@@ -1,0 +1,115 @@
+"""Real launches with real faults: a killed rank, signals, a rank that raises or stands still. Nothing is left over.
+
+`make torture` does the same fifty times at random moments.
+"""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.checkpoints import checkpoints, step_of
+from tests.torture import LAYOUTS, Launch, prepare, tortured, weights
+
+START_SECONDS = 120
+LAYOUT = LAYOUTS["tp2-zero1"]
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untouched(folder) -> bytes:
+    tortured(folder, "untouched", LAYOUT, random.Random(0), 0, 0, print)
+    return weights(folder / "untouched")
+
+
+def go_on(folder: Path, output: str) -> str:
+    """Start the run again and let it end; what was said in all its starts."""
+    launch = Launch(folder, output, LAYOUT)
+    assert launch.gone(300) is not None and launch.launcher.returncode == 0, launch.said()[-4000:]
+    return launch.said()
+
+
+def fault(folder: Path, output: str, steps: int, strike, values=LAYOUT) -> Launch:
+    """Start a run, `strike(launch)` once it has logged so many steps, and see all its processes go."""
+    launch = Launch(folder, output, values)
+    try:
+        assert launch.until(lambda: launch.steps() >= steps, START_SECONDS), launch.said()[-4000:]
+        strike(launch)
+        assert launch.gone() is not None, f"still there: {launch.processes()}\n{launch.said()[-4000:]}"
+    finally:
+        launch.end()
+    assert launch.launcher.returncode != 0
+    return launch
+
+
+def test_a_killed_rank(folder, untouched):
+    launch = fault(folder, "killed", 5, lambda launch: launch.ranks()[1].kill())
+    assert "rank(s) [1] are gone" in launch.said() or "another rank is gone" in launch.said()
+    assert "going on from" in go_on(folder, "killed")
+    assert weights(folder / "killed") == untouched
+
+
+def test_sigterm_saves_and_stops(folder, untouched):
+    """As a scheduler sends it to the launcher, which passes it on to one rank after another."""
+    launch = fault(folder, "terminated", 3, lambda launch: launch.launcher.terminate())
+    last = step_of(checkpoints(folder / "terminated")[0])
+    assert f"stopped after step {last}" in launch.said() and "Traceback" not in launch.said()
+    assert f"checkpoint-{last}\n" in go_on(folder, "terminated")
+    assert weights(folder / "terminated") == untouched
+
+
+def test_sigterm_to_one_rank_stops_all(folder):
+    launch = fault(folder, "one-rank", 3, lambda launch: launch.ranks()[1].terminate())
+    last = step_of(checkpoints(folder / "one-rank")[0])
+    assert f"stopped after step {last}" in launch.said()
+
+
+def test_a_rank_that_stands_still_is_named(folder):
+    values = LAYOUT | {"stall_timeout": 5}
+    launch = fault(folder, "stalled", 3, lambda launch: launch.ranks()[1].send_signal(signal.SIGSTOP), values)
+    said = launch.said()
+    assert "no progress for" in said and "rank 1 does not answer: stopped" in said
+    assert "rank 0 waits in all_" in said or "rank 0 waits in _all_" in said
+
+
+def test_a_rank_that_raises(folder):
+    """Its own traceback stands alone; the other rank says one sentence."""
+    script = folder / "raising.py"
+    script.write_text(RAISING.format(root=Path(__file__).resolve().parents[1]))
+    launch = Launch(folder, "raising", LAYOUT, script=script)
+    try:
+        assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
+    finally:
+        launch.end()
+    assert launch.launcher.returncode != 0
+    said = launch.said()
+    assert said.count("Traceback") == 1 and "ZeroDivisionError" in said
+    assert "another rank is gone" in said or "rank(s) [1] are gone" in said
+
+
+RAISING = """
+import os, sys
+sys.path[0] = "{root}"
+import launch.sft
+from launch.ending import run_to_its_end
+from launch.trainer import SftTrainer
+
+plain = SftTrainer.training_step
+
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 3 and os.environ["RANK"] == "1":
+        1 / 0
+    return plain(self, *args, **kwargs)
+
+SftTrainer.training_step = training_step
+run_to_its_end(launch.sft.main, sys.argv[1:])
+"""

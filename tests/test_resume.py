@@ -1,0 +1,134 @@
+"""The same command goes on: bit for bit the weights of a run that nobody interrupted.
+
+Real launches, Adam, a schedule, dropout. An interrupted run is made of a whole one: its later checkpoints and its
+model are taken away, and what a kill leaves behind is put there (`test_faults.py` kills for real).
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.small_run import flags, launch_many, metrics, write_data, write_model
+
+TIMES = {"tokens_per_second", "peak_memory_gib"}
+COMMON = {
+    "smoothing": 0.1,
+    "learning_rate": 1e-2,
+    "max_steps": 8,  # of 5 an epoch: the resumed run finishes one and begins another
+    "logging_steps": 1,
+    "eval_steps": 4,
+    "eval_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 5,
+    "max_length": 96,
+    "samples": 1,
+}
+# ranks, tensor parallelism, accumulation, ZeRO stage
+ALONE = (1, 1, 1, 0)
+LAYOUTS = [ALONE, (1, 1, 2, 2), (2, 1, 1, 1), (2, 1, 1, 2), (2, 1, 2, 3), (2, 2, 1, 0), (2, 2, 1, 1), (2, 2, 2, 2)]
+RESUMED_FROM = 3
+
+
+def name(layout) -> str:
+    return "ranks{}-tp{}-accumulate{}-zero{}".format(*layout)
+
+
+def command(folder: Path, layout, output: str) -> list[str]:
+    ranks, tp, accumulation, zero = layout
+    values = COMMON | {
+        "model": folder / "model-tied",
+        "data": folder / "train.jsonl",
+        "eval_data": folder / "heldout.jsonl",
+        "output_dir": folder / output,
+        "tp": tp,
+        "zero": zero,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 8 // accumulation // (ranks // tp),
+    }
+    return flags(values)
+
+
+def interrupt(whole: Path, torn: Path) -> None:
+    """As if a kill had hit the run `whole` between its checkpoints 3 and 6, while it was saving the latter."""
+    shutil.copytree(whole, torn)
+    shutil.rmtree(torn / "model")
+    shutil.rmtree(torn / "checkpoint-8")
+    (torn / "samples.jsonl").unlink()
+    (torn / "checkpoint-6").rename(torn / "checkpoint.partial")
+    lines = (torn / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(lines[6])["step"] > RESUMED_FROM
+    (torn / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+
+
+def untimed(run: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_data(folder)
+    write_model(folder, tied=True, attention_dropout=0.1)
+    for ranks, tp in ((1, 1), (2, 1), (2, 2)):
+        layouts = [layout for layout in LAYOUTS if layout[:2] == (ranks, tp)]
+        launch_many(folder, ranks, [command(folder, layout, name(layout)) for layout in layouts])
+        for layout in layouts:
+            interrupt(folder / name(layout), folder / f"{name(layout)}-torn")
+        said = launch_many(folder, ranks, [command(folder, layout, f"{name(layout)}-torn") for layout in layouts])
+        assert said.count(f"checkpoint-{RESUMED_FROM}\n") == len(layouts)
+    return folder
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_same_weights_and_metrics(runs, layout):
+    whole, torn = runs / name(layout), runs / f"{name(layout)}-torn"
+    assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
+    before, after = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in metrics(run)] for run in (whole, torn)
+    )
+    assert after == before
+    assert (whole / "samples.jsonl").read_text() == (torn / "samples.jsonl").read_text()
+    assert not list(torn.glob("*.partial")) and not list(torn.glob("damaged-*"))
+
+
+def test_it_learned_after_the_checkpoint(runs):
+    """Else the comparison above would compare nothing."""
+    whole = runs / name(ALONE)
+    early, late = (load_file(whole / f"checkpoint-{step}/model.safetensors") for step in (3, 8))
+    assert any((early[key] != late[key]).any() for key in early)
+    assert [row["step"] for row in metrics(whole) if "loss" in row] == list(range(1, 9))
+
+
+def test_a_finished_run_is_left_alone(runs):
+    layout = ALONE
+    model = runs / name(layout) / "model/model.safetensors"
+    before = model.stat().st_mtime_ns
+    said = launch_many(runs, 1, [command(runs, layout, name(layout))])
+    assert "is finished" in said and model.stat().st_mtime_ns == before
+
+
+def test_a_run_killed_while_exporting_exports(runs):
+    layout = ALONE
+    whole, torn = runs / name(layout), runs / "exporting"
+    shutil.copytree(whole, torn)
+    (torn / "model").rename(torn / "model.partial")
+    launch_many(runs, 1, [command(runs, layout, "exporting")])
+    assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
+    assert metrics(torn) == metrics(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(runs):
+    layout = ALONE
+    whole, torn = runs / name(layout), runs / "damaged"
+    shutil.copytree(whole, torn)
+    shutil.rmtree(torn / "model")
+    shutil.rmtree(torn / "checkpoint-8")
+    states = next((torn / "checkpoint-6").rglob("mp_rank_00_model_states.pt"))
+    states.write_bytes(states.read_bytes()[:-1])
+    said = launch_many(runs, 1, [command(runs, layout, "damaged")])
+    assert "checkpoint-6 is not whole" in said and "bytes" in said
+    assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()

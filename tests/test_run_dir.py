@@ -1,0 +1,127 @@
+"""Which directory a run gets, and what it refuses to go on with."""
+
+import json
+
+import pytest
+import yaml
+
+from launch import checkpoints
+from launch.errors import UserError
+from launch.run_dir import open_run
+
+RECIPE = {"learning_rate": 0.01, "data": "train.jsonl", "logging_steps": 1, "max_steps": 8}
+FACTS = {"tp": 1, "data_parallel": 2, "zero": 1, "rows_a_step": 8, "data": "abc"}
+
+
+def write_checkpoint(run, step: int) -> None:
+    name = f"checkpoint-{step}"
+    with checkpoints.written_aside(run, name, FACTS) as aside:
+        (aside / name).mkdir(parents=True)
+        (aside / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that was interrupted after step 5."""
+    path = tmp_path / "run"
+    assert open_run(str(path), RECIPE, None, FACTS).checkpoint is None
+    write_checkpoint(path, 4)
+    (path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)) + '{"step')
+    return path
+
+
+def test_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [str(open_run(None, RECIPE, None, FACTS).path) for _ in range(2)]
+    assert paths == ["runs/0001", "runs/0002"]
+    assert yaml.safe_load((tmp_path / "runs/0002/recipe.yaml").read_text()) == RECIPE
+
+
+def test_the_same_command_goes_on(run, capsys):
+    again = open_run(str(run), RECIPE, None, FACTS)
+    assert again.checkpoint == run / "checkpoint-4" and not again.finished
+    assert "going on from" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_without_a_checkpoint_it_starts_over(run):
+    for path in (run / "checkpoint-4").rglob("*"):
+        path.unlink()
+    again = open_run(str(run), RECIPE, None, FACTS)
+    assert again.checkpoint is None and (run / "metrics.jsonl").read_text() == ""
+
+
+def test_what_a_kill_left_is_removed(run):
+    for name in ("checkpoint.partial", "model.partial"):
+        (run / name).mkdir()
+        (run / name / "torn").write_text("")
+    open_run(str(run), RECIPE, None, FACTS)
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_kill_before_the_recipe_was_written_leaves_nothing_in_the_way(tmp_path):
+    (tmp_path / ".recipe.yaml.partial").write_text("learning")
+    assert open_run(str(tmp_path), RECIPE, None, FACTS).checkpoint is None
+
+
+def test_a_finished_run_is_left_alone(run):
+    (run / "model").mkdir()
+    before = (run / "metrics.jsonl").read_text()
+    assert open_run(str(run), RECIPE, None, FACTS).finished
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_run_shows_and_how_far_it_goes_may_change(run, capsys):
+    again = open_run(str(run), RECIPE | {"logging_steps": 2, "max_steps": 20}, None, FACTS)
+    assert again.checkpoint is not None
+    assert "max_steps: 8 before, 20 now" in capsys.readouterr().out
+
+
+REFUSED = {
+    "another rate": (RECIPE | {"learning_rate": 0.02}, FACTS, "learning_rate: 0.01 before, 0.02 now"),
+    "a key more": (RECIPE | {"z_loss": 0.1}, FACTS, "z_loss: None before, 0.1 now"),
+    "a key less": ({"data": "train.jsonl"}, FACTS, "learning_rate: 0.01 before, None now"),
+    "another file of data": (RECIPE | {"data": "other.jsonl"}, FACTS, "data: train.jsonl before, other.jsonl now"),
+    "other rows in the same file": (RECIPE, FACTS | {"data": "xyz"}, "rows to train on are not those"),
+    "other rows a step": (RECIPE, FACTS | {"rows_a_step": 16}, "8 rows a step, and this run would take 16"),
+}
+
+
+@pytest.mark.parametrize(("recipe", "facts", "words"), REFUSED.values(), ids=REFUSED)
+def test_another_run_is_refused_and_nothing_is_touched(run, recipe, facts, words):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=words):
+        open_run(str(run), recipe, None, facts)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        open_run(str(tmp_path / "file"), RECIPE, None, FACTS)
+
+
+def test_somebody_elses_directory_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="no run of this recipe"):
+        open_run(str(tmp_path), RECIPE, None, FACTS)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1, 2]", b"\xff\xfe\x00", b"a: [", b"!!python/object/apply:os.system [ls]"]
+)
+def test_a_recipe_that_cannot_be_read(run, content):
+    (run / "recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_run(str(run), RECIPE, None, FACTS)
+
+
+def test_an_explicit_checkpoint(run, tmp_path):
+    other = open_run(str(tmp_path / "other"), RECIPE, str(run / "checkpoint-4"), FACTS)
+    assert other.checkpoint == run / "checkpoint-4"
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_run(str(tmp_path / "third"), RECIPE, str(tmp_path), FACTS)
+    (run / "checkpoint-4/trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not whole: trainer_state\.json has 2 bytes"):
+        open_run(str(tmp_path / "fourth"), RECIPE, str(run / "checkpoint-4"), FACTS)
