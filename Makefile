@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sanity test lint format clean
+.PHONY: help setup train sanity test torture lint format clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -25,6 +25,9 @@ sanity: setup ## Check a run on one device before a long one (ARGS="--recipe rec
 
 test: setup ## Run all tests
 	pytest $(ARGS)
+
+torture: setup ## Kill runs fifty times at random moments and compare their weights (ARGS="--kills 50")
+	python -m tests.torture $(ARGS)
 
 lint: setup ## Check style
 	ruff check

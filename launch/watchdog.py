@@ -1,9 +1,12 @@
 """Notices a rank that is gone or stands still, says which and where the others wait, and ends the process.
 
-A thread of each rank. Collectives of NCCL wait for half an hour without a word, and nothing else looks meanwhile.
+A thread of each rank. Collectives of NCCL wait for half an hour without a word, and nothing else looks meanwhile. It
+also stops the run, as SIGTERM would, when the launcher is gone: `deepspeed` on one node does not pass SIGTERM on, and
+its ranks would train on with nobody to end them.
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -11,11 +14,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback
 
-from launch.processes import on_all_ranks, rank, world_size
+from launch.processes import on_all_ranks, rank, say, world_size
 
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
@@ -43,6 +47,7 @@ class Watchdog(TrainerCallback):
     def __enter__(self) -> "Watchdog":
         processes = on_all_ranks(lambda: (socket.gethostname(), os.getpid()))
         here = socket.gethostname()
+        self._launchers = _launchers()
         self._peers = {r: pid for r, (host, pid) in enumerate(processes) if host == here and r != rank()}
         alone = not dist.is_initialized() or world_size() == 1
         self._store = None if alone else dist.PrefixStore("watchdog", _get_default_store().clone())
@@ -76,6 +81,10 @@ class Watchdog(TrainerCallback):
                     self._say(f"rank(s) {sorted(lost)} are gone during {self._doing}")
                 os._exit(self.code)
             missed = gone
+            if not all(map(_alive, self._launchers)):
+                self._launchers = []
+                say("the launcher is gone: stopping as on SIGTERM")
+                os.kill(os.getpid(), signal.SIGTERM)
             if self.limit and time.monotonic() - self._since > self._patience:
                 self._stalled()
 
@@ -127,6 +136,20 @@ def where(frame) -> str:
 
 def _short(path: Path) -> str:
     return "/".join(path.parts[-3:])
+
+
+def _launchers() -> list[int]:
+    """The process that started this one, and deepspeed's own above it."""
+    found = []
+    for process in psutil.Process().parents():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            words = []
+        if found and not any(Path(word).name == "deepspeed" or "deepspeed.launcher" in word for word in words[1:4]):
+            break
+        found.append(process.pid)
+    return found
 
 
 def _alive(pid: int) -> bool:
