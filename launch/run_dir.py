@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from launch import checkpoints
+from launch import checkpoints, universal
 from launch.errors import UserError
 from launch.export import MODEL
 from launch.processes import from_main, say
@@ -34,10 +34,14 @@ FREE = {
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes, and the checkpoint that it goes on from, if any."""
+    """Where a run writes, and the checkpoint that it goes on from, if any.
+
+    `converted`: the checkpoint is a copy in DeepSpeed's universal format, since it was written under another layout.
+    """
 
     path: Path
     checkpoint: Path | None = None
+    converted: bool = False
     finished: bool = False
 
 
@@ -59,6 +63,9 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
     from_main(lambda: _settle(path, recipe, last))
     if known:
         say(f"going on from {last}" if last else f"{path} holds no whole checkpoint yet: starting from the beginning")
+    if last is not None and (changes := from_main(lambda: universal.changes(checkpoints.facts_of(last), facts))):
+        say(f"it was written under another layout and is converted: {', '.join(changes)}")
+        return Run(path, from_main(lambda: universal.convert(last, path)), converted=True)
     return Run(path, last)
 
 
@@ -128,16 +135,12 @@ def _check_facts(checkpoint: Path, facts: dict) -> None:
             f"{facts['rows_a_step']}; change --per_device_train_batch_size or --gradient_accumulation_steps so that "
             "rows x accumulation x data-parallel ranks stay the same"
         )
-    for name in ("tp", "data_parallel", "zero"):
-        if before[name] != facts[name]:
-            raise UserError(
-                f"{checkpoint} was made with {name} {before[name]}, this run has {facts[name]}; start it as it was"
-            )
 
 
 def _settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
     """Write the recipe, remove what an interrupted start left, and forget metrics past the checkpoint."""
     shutil.rmtree(path / checkpoints.PARTIAL, ignore_errors=True)
+    shutil.rmtree(path / universal.FOLDER, ignore_errors=True)
     shutil.rmtree(path / f"{MODEL}.partial", ignore_errors=True)
     _replace(path / RECIPE, yaml.safe_dump(recipe, sort_keys=True))
     if (path / METRICS).exists():

@@ -5,6 +5,7 @@ Fine-tunes a causal LM with a label-smoothed cross entropy whose vocabulary is s
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def train(trainer: SftTrainer, run: Run) -> None:
         # first of all, so that the others see the checkpoint that it asks for
         trainer.callback_handler.callbacks.insert(0, stop)
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if run.converted:
+        from_main(lambda: shutil.rmtree(run.checkpoint))
     if stop.signal and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
         raise Stopped(
@@ -124,6 +127,8 @@ def make_trainer(
     args.output_dir = str(run.path)
     if run.checkpoint is not None:
         args.eval_on_start = False
+    if run.converted:
+        args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     data_parallel = args.world_size // options.tp
     heldout = fill_to_multiple(data.heldout, data_parallel * args.per_device_eval_batch_size, tokenizer.eos_token_id)
     if not len(heldout):

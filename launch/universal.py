@@ -12,7 +12,14 @@ from launch.errors import UserError
 from launch.export import WEIGHTS
 
 FOLDER = "checkpoint.universal.partial"
-LAYOUT = ("tp", "data_parallel", "zero")
+LAYOUT = {"tp": "tensor parallelism", "data_parallel": "data-parallel ranks", "zero": "ZeRO stage"}
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """What of the layout differs so that a checkpoint must be converted; without ZeRO, data parallelism does not."""
+    if before["zero"] == now["zero"] == 0 and before["tp"] == now["tp"]:
+        return []
+    return [f"{words} {before[key]} -> {now[key]}" for key, words in LAYOUT.items() if before[key] != now[key]]
 
 
 def convert(checkpoint: Path, run: Path) -> Path:
