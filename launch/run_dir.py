@@ -58,15 +58,14 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
     last = checkpoints.last_whole(path) if known else None
     if last is None and checkpoint is not None:
         last = _given(Path(checkpoint))
-    if last is not None:
-        from_main(lambda: _check_facts(last, facts))
+    changes = [] if last is None else from_main(lambda: _check_facts(last, facts))
     from_main(lambda: _settle(path, recipe, last))
     if known:
         say(f"going on from {last}" if last else f"{path} holds no whole checkpoint yet: starting from the beginning")
-    if last is not None and (changes := from_main(lambda: universal.changes(checkpoints.facts_of(last), facts))):
-        say(f"it was written under another layout and is converted: {', '.join(changes)}")
-        return Run(path, from_main(lambda: universal.convert(last, path)), converted=True)
-    return Run(path, last)
+    if not changes:
+        return Run(path, last)
+    say(f"it was written under another layout and is converted: {', '.join(changes)}")
+    return Run(path, from_main(lambda: universal.convert(last, path)), converted=True)
 
 
 def _claim(wanted: str | None, recipe: dict) -> tuple[Path, bool]:
@@ -122,7 +121,8 @@ def _given(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _check_facts(checkpoint: Path, facts: dict) -> None:
+def _check_facts(checkpoint: Path, facts: dict) -> list[str]:
+    """What of the layout has changed. Raises `UserError` if this run does not go on where the checkpoint stands."""
     before = checkpoints.facts_of(checkpoint)
     if before["data"] != facts["data"]:
         raise UserError(
@@ -135,6 +135,7 @@ def _check_facts(checkpoint: Path, facts: dict) -> None:
             f"{facts['rows_a_step']}; change --per_device_train_batch_size or --gradient_accumulation_steps so that "
             "rows x accumulation x data-parallel ranks stay the same"
         )
+    return universal.changes(before, facts)
 
 
 def _settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:

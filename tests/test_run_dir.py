@@ -84,6 +84,9 @@ REFUSED = {
     "a key less": ({"data": "train.jsonl"}, FACTS, "learning_rate: 0.01 before, None now"),
     "another file of data": (RECIPE | {"data": "other.jsonl"}, FACTS, "data: train.jsonl before, other.jsonl now"),
     "other rows in the same file": (RECIPE, FACTS | {"data": "xyz"}, "rows to train on are not those"),
+    "from ZeRO 1 to 3": (RECIPE, FACTS | {"zero": 3}, "ZeRO 1 cannot go on as was asked .ZeRO stage 1 -> 3"),
+    "ZeRO 3 on fewer ranks": (RECIPE, FACTS | {"zero": 3, "data_parallel": 1}, "only those of ZeRO 1 and 2"),
+    "from ZeRO 1 to 0": (RECIPE, FACTS | {"zero": 0}, "ZeRO stage 1 -> 0"),
     "other rows a step": (RECIPE, FACTS | {"rows_a_step": 16}, "8 rows a step, and this run would take 16"),
 }
 

@@ -1,4 +1,4 @@
-"""A checkpoint goes on under another layout: tensor parallelism, data parallelism and ZeRO stage may all change."""
+"""A checkpoint goes on under another layout: tensor parallelism, data parallelism, ZeRO 1 or 2 may all change."""
 
 import json
 import shutil
@@ -21,11 +21,9 @@ COMMON = {
     "samples": 0,
 }
 # ranks, tensor parallelism, ZeRO stage
-WRITTEN = [(2, 2, 1), (2, 1, 2), (1, 1, 0)]
 READ = {
-    (2, 2, 1): [(1, 1, 1), (4, 4, 1), (2, 1, 1), (4, 2, 2), (2, 2, 2)],
-    (2, 1, 2): [(1, 1, 2), (4, 1, 2), (4, 2, 1)],
-    (1, 1, 0): [(2, 1, 0)],
+    (2, 2, 1): [(1, 1, 1), (4, 4, 1)],
+    (2, 1, 2): [(1, 1, 1), (4, 4, 2)],
 }
 PAIRS = [(written, read) for written, layouts in READ.items() for read in layouts]
 
@@ -58,8 +56,9 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("universal")
     write_data(folder)
     write_model(folder, tied=True, num_key_value_heads=4)
-    for layout in WRITTEN:
-        launch_many(folder, layout[0], [command(folder, layout, name(layout))])
+    for ranks, tp in {layout[:2] for layout in READ}:
+        todo = [layout for layout in READ if layout[:2] == (ranks, tp)]
+        launch_many(folder, ranks, [command(folder, layout, name(layout)) for layout in todo])
     for written, read in PAIRS:
         torn = folder / output(written, read)
         shutil.copytree(folder / name(written), torn)
