@@ -19,7 +19,7 @@ def changes(before: dict, now: dict) -> list[str]:
     """What of the layout differs so that a checkpoint must be converted; without ZeRO, data parallelism does not.
 
     Raises `UserError` for anything but ZeRO 1 and 2. Without ZeRO there is no state that DeepSpeed could convert, and
-    what it makes of ZeRO 3 (0.19.8, from two data-parallel ranks to one) does not go on where it was: the loss is 1e-4
+    what 0.19.8 makes of ZeRO 3 (from two data-parallel ranks to one) does not go on where it was: the loss is 1e-4
     off after two steps and 4e-3 after five.
     """
     if before["zero"] == now["zero"] == 0 and before["tp"] == now["tp"]:

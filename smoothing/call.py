@@ -162,10 +162,28 @@ class LossCall:
         return loss_T.sum() / max(items, 1)
 
 
-def refused_call(tokens: int, device, shard: VocabShard) -> LossCall:
+def refused_call(tokens: int, device: torch.device, shard: VocabShard) -> LossCall:
     """A stand-in for a call whose own arguments cannot be trusted, so that its rank can still `refuse`."""
     target = torch.zeros(tokens, dtype=torch.int64, device=device)
     return LossCall(target, shard, LossOptions(), None, torch.float32, torch.float32)
+
+
+def refused_input(target, shard: VocabShard | None) -> LossCall:
+    """The same where not even the input is a tensor: as many tokens as there seem to be targets."""
+    known = isinstance(target, Tensor)
+    tokens = 0 if not known else target.shape[0] if target.is_floating_point() and target.dim() else target.numel()
+    device = target.device if known else torch.device("cpu")
+    return refused_call(tokens, device, VocabShard.whole(1) if shard is None else shard)
+
+
+def not_tensors(**given) -> str | None:
+    """Which of these is no tensor with a last dimension, or None."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            return f"{name} must be a tensor, got {type(value).__name__}"
+        if value.dim() == 0:
+            return f"{name} must have at least one dimension, got the single number {value.item()}"
+    return None
 
 
 def argument_fault(target, shard, options, prior, num_items_in_batch, leading: torch.Size, width: int, dtype):

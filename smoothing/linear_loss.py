@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smoothing import agreement
-from smoothing.call import LossCall, TokenStats, argument_fault, refused_call
+from smoothing.call import LossCall, TokenStats, argument_fault, not_tensors, refused_call, refused_input
 from smoothing.linear_gradients import HeadGradients, Wanted
 from smoothing.linear_head import LinearHead
 from smoothing.options import LossOptions
@@ -57,6 +57,9 @@ def vocab_parallel_linear_cross_entropy(
     all-reduces of n·H numbers (in backward with `reduction="none"`). On a device two host synchronisations.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
+    tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    if fault := not_tensors(**tensors):
+        refused_input(target, shard).refuse_meeting(fault)
     leading, size = hidden.shape[:-1], weight.shape[0]
     shard = VocabShard.whole(size) if shard is None else shard
     dtype = _compute_dtype(hidden, weight)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smoothing import agreement
-from smoothing.call import LossCall, TokenStats, argument_fault, refused_call
+from smoothing.call import LossCall, TokenStats, argument_fault, not_tensors, refused_call, refused_input
 from smoothing.options import LossOptions
 from smoothing.shard import VocabShard
 from smoothing.shard_statistics import ShardStatistics, token_loss
@@ -46,11 +46,13 @@ def vocab_parallel_cross_entropy(
 
     Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
     arguments are wrong or the ranks' differ (targets on a device: a device-side assertion).
-    Collectives: forward one all-gather of 16 bytes a token (20 with probabilities) and 64 a call from each rank,
+    Collectives: forward one all-gather of 16 bytes a token (20 with probabilities) and 72 a call from each rank,
     and once for each `VocabShard` one of 72 bytes; backward none.
     Source: Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
+    if fault := not_tensors(logits=logits):
+        refused_input(target, shard).refuse(fault)
     leading, width = logits.shape[:-1], logits.shape[-1]
     shard = VocabShard.whole(width) if shard is None else shard
     fault = argument_fault(target, shard, options, smoothing_prior, num_items_in_batch, leading, width, logits.dtype)

@@ -611,6 +611,8 @@ WRONG = {
     "target-shape": (lambda given: {"target": given["target"][:-1]}, r"target.*\(5,\).*\(4,\)"),
     "weight-width": (lambda given: {"weight": given["weight"].detach()[:, :-1]}, r"weight.*\[S, 4\].*3\)"),
     "weight-rows": (lambda given: {"weight": given["weight"].detach()[:-1]}, r"columns were expected"),
+    "weight-missing": (lambda given: {"weight": None}, r"weight must be a tensor, got NoneType"),
+    "hidden-a-number": (lambda given: {"hidden": torch.tensor(1.0)}, r"hidden must have at least one dimension"),
     "bias": (lambda given: {"bias": torch.zeros(1)}, r"bias.*\(1,\)"),
     "chunk-bytes": (lambda given: {"chunk_bytes": 0}, r"chunk_bytes.*0"),
     "int-weight": (lambda given: {"weight": given["weight"].detach().long()}, r"weight.*int64"),

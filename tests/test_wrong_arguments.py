@@ -84,6 +84,8 @@ def ignoring_other_labels(call):
 
 # What the rank itself can tell: (what it does, what its own error must contain).
 MISTAKES = {
+    "logits-missing": (lambda call: replace(call, logits=None), r"logits must be a tensor, got NoneType"),
+    "logits-a-number": (lambda call: replace(call, logits=torch.tensor(1.0)), r"logits.*at least one dimension"),
     "smoothing-above-1": (with_options(label_smoothing=1.5), r"label_smoothing.*\[0, 1\].*1\.5"),
     "smoothing-negative": (with_options(label_smoothing=-0.1), r"label_smoothing.*\[0, 1\].*-0\.1"),
     "smoothing-nan": (with_options(label_smoothing=float("nan")), r"label_smoothing.*\[0, 1\].*nan"),
