@@ -11,8 +11,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from launch.data.tokenization import train_tokenizer
 from launch.errors import UserError
 from launch.options import SftOptions
-from smoothing.fused_head import fusable_softcap
-from smoothing.install import causal_lm
+from smoothing.install import causal_lm, check_model
 
 
 def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
@@ -114,9 +113,7 @@ def _check_vocabulary(config, tokenizer: PreTrainedTokenizerBase) -> None:
 def _check_head(model: PreTrainedModel, head: str) -> None:
     """What `install_smoothed_loss` would refuse once training has begun."""
     try:
-        output_head = causal_lm(model).get_output_embeddings()
-        if head == "fused":
-            fusable_softcap(model, output_head, None)
+        check_model(causal_lm(model), head)
     except ValueError as fault:
         raise UserError(f"{fault} (the flag is --head)") from None
 

@@ -25,7 +25,8 @@ from launch.prepare import load_data
 from launch.processes import say, world_size
 from launch.simulate import simulate_split
 from smoothing import install_smoothed_loss, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
-from smoothing.install import HEADS, shifted
+from smoothing.install import HEADS
+from smoothing.installed_loss import shifted
 from smoothing.reference import hf_label_smoother, onehot_cross_entropy, torch_cross_entropy
 
 LABEL_TOKENS = 256  # compared with the reference; an fp64 gradient of a large vocabulary takes its time

@@ -145,9 +145,8 @@ def make_trainer(
         watchdog=watchdog,
         facts=facts,
     )
-    trainer.add_callback(
-        SmoothedLossCallback(label_smoothing=options.smoothing, head=options.head, on_stats=trainer.count)
-    )
+    loss = {"label_smoothing": options.smoothing, "head": options.head, "on_stats": trainer.count}
+    trainer.add_callback(SmoothedLossCallback(**loss, logits_in_eval=False))
     trainer.pop_callback(ProgressCallback)
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(Progress())

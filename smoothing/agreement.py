@@ -12,6 +12,7 @@ are compared there and `torch._assert_async` ends the step if they differ.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,24 +89,32 @@ def meet_once(header_H: Tensor, shard: VocabShard) -> None:
     """
     if shard.world_size == 1 or shard.met:
         return
-    raise_disagreement(all_gather(header_H, shard), shard.rank)
+    raise_disagreement(decoded(all_gather(header_H, shard)), shard.rank)
     shard.note_met()
 
 
-def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Tensor]:
-    """Send the header alone, whatever was agreed on before; calling what is returned gives all ranks' `[R, 9]`.
+class Meeting(NamedTuple):
+    """What ranks that agree know of one another."""
+
+    headers_RH: Tensor  # [R, 9]
+    widest: int  # columns of the largest shard, on the host
+
+
+def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Meeting]:
+    """Send the header alone, whatever was agreed on before; calling what is returned ends the meeting.
 
     That call raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree; it reads
     the headers on the host. Collectives: one all-gather of 72 bytes a rank, none with one rank.
     """
     wait = start_all_gather(header_H, shard)
 
-    def headers() -> Tensor:
+    def end() -> Meeting:
         headers_RH = wait()
-        raise_disagreement(headers_RH, shard.rank)
-        return headers_RH
+        headers = decoded(headers_RH)
+        raise_disagreement(headers, shard.rank)
+        return Meeting(headers_RH, max(header.stop - header.start for header in headers))
 
-    return headers
+    return end
 
 
 def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -125,7 +134,7 @@ def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Ten
 def check(headers_RH: Tensor, rank: int) -> None:
     """Raise if the ranks do not agree: `ValueError` on the CPU, a device-side assertion on a device."""
     if headers_RH.device.type == "cpu":
-        raise_disagreement(headers_RH, rank)
+        raise_disagreement(decoded(headers_RH), rank)
     else:
         alike = (headers_RH[:, ALIKE] == headers_RH[rank, ALIKE]).all()
         mass = headers_RH[:, PRIOR_MASS].contiguous().view(torch.float64).sum()
@@ -133,9 +142,14 @@ def check(headers_RH: Tensor, rank: int) -> None:
         torch._assert_async((headers_RH[:, 0] == 0).all() & alike & whole)
 
 
-def raise_disagreement(headers_RH: Tensor, rank: int) -> None:
+def decoded(headers_RH: Tensor) -> list[Header]:
+    """Headers on the host; on a device this waits for them."""
+    return [Header.decode(fields) for fields in headers_RH.tolist()]
+
+
+def raise_disagreement(headers: list[Header], rank: int) -> None:
     """Raise the `ValueError` that `disagreement` words, if it finds one."""
-    if fault := disagreement([Header.decode(fields) for fields in headers_RH.tolist()], rank):
+    if fault := disagreement(headers, rank):
         raise ValueError(fault)
 
 

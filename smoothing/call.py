@@ -3,8 +3,10 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones.
 """
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -120,14 +122,14 @@ class LossCall:
         prior_mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64) if with_prior else None
         return combine(stats_RFT, owner_T, prior_mass_R)
 
-    def refuse_meeting(self, fault: str) -> None:
-        """`refuse` for a head whose ranks meet alone in every call (`agreement.start_meeting`)."""
+    def refuse_at_meeting(self, fault: str) -> None:
+        """Raise `ValueError(fault)` here; the other ranks learn of it in `agreement.start_meeting`."""
         with suppress(ValueError):  # the meeting tells this rank what it already knows
             agreement.start_meeting(self.header(refused=True), self.shard)()
         raise ValueError(fault)
 
-    def refuse(self, fault: str) -> None:
-        """Raise `ValueError(fault)` here, and let no other rank wait: it learns in its own collective."""
+    def refuse_at_exchange(self, fault: str) -> None:
+        """Raise `ValueError(fault)` here; the other ranks learn of it in `combine_all`."""
         header_H = self.header(refused=True)
         if self.shard.group is not None:
             try:
@@ -163,7 +165,7 @@ class LossCall:
 
 
 def refused_call(tokens: int, device: torch.device, shard: VocabShard) -> LossCall:
-    """A stand-in for a call whose own arguments cannot be trusted, so that its rank can still `refuse`."""
+    """A stand-in for a call whose own arguments cannot be trusted, so that its rank can still refuse."""
     target = torch.zeros(tokens, dtype=torch.int64, device=device)
     return LossCall(target, shard, LossOptions(), None, torch.float32, torch.float32)
 
@@ -186,12 +188,19 @@ def not_tensors(**given) -> str | None:
     return None
 
 
-def argument_fault(target, shard, options, prior, num_items_in_batch, leading: torch.Size, width: int, dtype):
+def dtype_fault(**tensors: Tensor | None) -> str | None:
+    """Which of these has a dtype that no loss can be computed in, or None."""
+    for name, given in tensors.items():
+        if given is not None and given.dtype not in FLOAT_DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+            return f"{name} must have a floating-point dtype ({known}), got {given.dtype}"
+    return None
+
+
+def argument_fault(target, shard, options, prior, num_items_in_batch, leading: torch.Size, width: int):
     """What is wrong with a call's arguments, whatever its head, or None. `leading`: the tokens' shape."""
     if fault := options.fault() or shard.fault():
         return fault
-    if dtype not in FLOAT_DTYPES:
-        return f"expected floating-point input of dtype {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}"
     if width != shard.size:
         return (
             f"this rank's shard is [{shard.start}, {shard.stop}), so {shard.size} vocabulary columns were expected, "
@@ -211,11 +220,26 @@ def argument_fault(target, shard, options, prior, num_items_in_batch, leading: t
     if prior is not None and (not isinstance(prior, Tensor) or prior.shape != (width,)):
         got = tuple(prior.shape) if isinstance(prior, Tensor) else type(prior).__name__
         return f"smoothing_prior must be this rank's slice of a distribution, of shape {(width,)}, got {got}"
+    for name, given in (("target", target), ("smoothing_prior", prior)):
+        if given is not None and given.requires_grad and torch.is_grad_enabled():
+            return f"{name} gets no gradient from this loss; pass {name}.detach()"
     if num_items_in_batch is not None:
         if options.reduction != "mean":
             return f"num_items_in_batch replaces the divisor of reduction='mean', got reduction={options.reduction!r}"
-        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
-            return f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}"
+        return _items_fault(num_items_in_batch)
+    return None
+
+
+def _items_fault(items) -> str | None:
+    """What is wrong with `num_items_in_batch`, or None; on a device it is not looked at."""
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            return f"num_items_in_batch must be one number, got shape {tuple(items.shape)}"
+        if items.device.type != "cpu":
+            return None
+        items = items.item()
+    if isinstance(items, bool) or not isinstance(items, Real) or not 0 <= items < math.inf:
+        return f"num_items_in_batch must be a number of tokens, got {items!r}"
     return None
 
 

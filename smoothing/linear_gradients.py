@@ -36,6 +36,7 @@ class Tile(NamedTuple):
     tokens: slice
     exp_nK: Tensor
     cap_slope_nK: Tensor | None
+    maximum_n: Tensor  # m
 
 
 class HeadGradients:
@@ -63,11 +64,10 @@ class HeadGradients:
             self.bias_S = torch.zeros(head.size, dtype=dtype, device=device)
             self.bias_S[:real_size] += (prior_K1 * token_weight_N.sum()).squeeze(1)
 
-    def start(self, tile: Tile) -> Tensor | None:
-        """What of a chunk's gradient needs no other rank: `e·W`, where it is factored and wanted."""
-        if not (self.wanted.hidden and self.head.factored):
-            return None
-        return products.hidden_gradient(tile.exp_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
+    def start(self, tile: Tile) -> None:
+        """Compute what of a chunk's gradient needs no other rank: `e·W`, where it is factored and wanted."""
+        if self.wanted.hidden and self.head.factored:
+            products.hidden_gradient(tile.exp_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
 
     def add(self, tile: Tile, softmax_scale_n: Tensor) -> None:
         """Add a chunk's gradient; `softmax_scale·e` is the softmax (times its z-loss factor), without the weight g.

@@ -6,11 +6,13 @@ Legend: N labelled tokens, n those of a chunk, S rows of this rank's weight, K r
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from smoothing import products
+from smoothing.agreement import Meeting
 from smoothing.call import LossCall
 from smoothing.collectives import start_all_gather, start_all_reduce
 from smoothing.linear_gradients import HeadGradients, Tile
@@ -74,35 +76,34 @@ class LinearHead:
             sum_H.addmv_(self.hidden_NH[tokens].to(sum_H.dtype).t(), token_weight_N[tokens])
         return sum_H
 
-    def mean_row(self) -> Tensor:
-        """This shard's part of `w̄ = Σ_v u_v W_v`, and of `Σ_v u_v b_v` as one more number: `[H + 1]`."""
-        dtype = self.call.statistics_dtype
+    def mean_row_part(self) -> Tensor:
+        """This shard's part of `w̄ = Σ_v u_v W_v`, and of `b̄ = Σ_v u_v b_v` as one more number: `[H + 1]`."""
+        dtype, prior_K = self.call.statistics_dtype, self.prior_column().squeeze(1)
         row_H = products.weighted_row(self.weight_KH, self.call.prior, self.call.shard.vocab_size, dtype)
-        if self.bias_K is None:
-            return torch.cat([row_H, row_H.new_zeros(1)])
-        bias_uK = torch.where(self.prior_column().squeeze(1) > 0, self.prior_column().squeeze(1) * self.bias_K, 0.0)
-        return torch.cat([row_H, bias_uK.sum().unsqueeze(0)])
+        bias = row_H.new_zeros(())
+        if self.bias_K is not None:
+            bias = torch.where(prior_K > 0, prior_K * self.bias_K, 0.0).sum()
+        return torch.cat([row_H, bias.unsqueeze(0)])
 
-    def prior_logit(self, mean_row_H1: Tensor, maximum_N: Tensor) -> Tensor:
+    def prior_logit(self, mean_row_H: Tensor, mean_bias: Tensor, maximum_N: Tensor) -> Tensor:
         """`Σ_v u_v z_v - M = h·w̄ + b̄ - M`, `[N]`; in fp64 since it may be small beside both."""
-        w_H, b = mean_row_H1[:-1].double(), mean_row_H1[-1].double()
+        w_H = mean_row_H.double()
         dot_N = torch.cat([h_nH.double() @ w_H for h_nH in self.hidden_NH.split(4096)])
-        return (dot_N + b - maximum_N.double()).to(maximum_N.dtype)
+        return (dot_N + mean_bias.double() - maximum_N.double()).to(maximum_N.dtype)
 
-    def chunks(self, headers_RH: Tensor, buffers: int) -> tuple[list[slice], list[Tensor]]:
+    def chunks(self, widest: int, buffers: int) -> tuple[list[slice], list[Tensor]]:
         """Tokens of each chunk, the same on every rank, and the buffers that logits take turns in.
 
-        The largest shard's logits fit the budget, so every rank makes the same chunks whatever its own shard.
+        The widest shard's logits fit the budget, so every rank makes the same chunks whatever its own shard.
         """
         element = self.call.statistics_dtype.itemsize * buffers * (1 if self.linear else 2)
-        largest = int((headers_RH[:, 2] - headers_RH[:, 1]).max())
         device = self.hidden_NH.device
         budget = self.chunk_bytes
         if budget is None:
             least = LEAST_CHUNK_BYTES if device.type == "cpu" else LEAST_DEVICE_CHUNK_BYTES
-            budget = max(least, largest * self.weight_KH.shape[1] * self.call.statistics_dtype.itemsize // 8)
+            budget = max(least, widest * self.weight_KH.shape[1] * self.call.statistics_dtype.itemsize // 8)
         tokens = self.call.tokens
-        step = min(tokens, max(1, budget // (element * max(1, largest))))
+        step = min(tokens, max(1, budget // (element * max(1, widest))))
         slices = [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
         made = range(min(buffers, len(slices)))
         dtype = self.call.statistics_dtype
@@ -129,44 +130,46 @@ class LinearHead:
         return lse_grad_n * (exp_relative_to - combined.maximum - combined.log_sum_exp).exp()
 
     def forward(
-        self, meeting: Callable[[], Tensor], gradients: HeadGradients | None
-    ) -> tuple[Combined, Tensor | None, Tensor]:
-        """Statistics of every token, `w̄` (with `b̄`) where smoothing needs it, headers; gradients added up on the way.
+        self, end_meeting: Callable[[], Meeting], gradients: HeadGradients | None
+    ) -> tuple[Combined, Tensor | None, Meeting]:
+        """Statistics of every token, `w̄` where smoothing needs it, and the meeting; gradients added up on the way.
 
         The statistics of a chunk travel while `e·W` of the same chunk (factored) or the logits of the next one are
         computed. Collectives: one all-reduce of `[H + 1]` with smoothing and no softcap; and for each chunk one
         all-gather of 12 bytes a token (16 with a softcap or probabilities, 20 with both), and `HeadGradients.add`'s.
         """
-        call, smoothed = self.call, self.linear and self.call.options.label_smoothing > 0
-        mean_row_H1 = self.mean_row() if smoothed and call.tokens else None
-        headers_RH = meeting()
-        wait_for_row = None if mean_row_H1 is None else start_all_reduce(mean_row_H1, call.shard)
+        call = self.call
+        smoothed = self.linear and call.options.label_smoothing > 0 and call.tokens > 0
+        mean_row_H1 = self.mean_row_part() if smoothed else None
+        meeting = end_meeting()  # before any other collective: ranks that do not agree get no further
+        wait_for_mean_row = start_all_reduce(mean_row_H1, call.shard) if smoothed else None
         lookahead = 0 if gradients is not None and self.factored else 1
-        slices, buffers = self.chunks(headers_RH, 1 + lookahead if gradients is not None else 1)
+        slices, buffers = self.chunks(meeting.widest, 1 + lookahead if gradients is not None else 1)
         under_way, parts = deque(), []
         for turn, tokens in enumerate(slices):
             exp_nK, slope_nK = self.logits(tokens, buffers[turn % len(buffers)])
             own = consume(exp_nK, call, tokens, with_prior=not self.linear)
             stats_Fn = own.stack()
-            under_way.append((tokens, own.maximum, stats_Fn.shape, start_all_gather(stats_Fn, call.shard)))
-            tile = Tile(tokens, exp_nK, slope_nK)
+            tile = Tile(tokens, exp_nK, slope_nK, own.maximum)
+            under_way.append(_UnderWay(tile, stats_Fn.shape, start_all_gather(stats_Fn, call.shard)))
             if gradients is not None:
                 gradients.start(tile)
-                under_way[-1] += (tile,)
             if len(under_way) > lookahead:
-                parts.append(self._finish(*under_way.popleft(), gradients=gradients, headers_RH=headers_RH))
-        parts += [self._finish(*chunk, gradients=gradients, headers_RH=headers_RH) for chunk in under_way]
+                parts.append(self._finish(under_way.popleft(), gradients, meeting))
+        parts += [self._finish(chunk, gradients, meeting) for chunk in under_way]
         combined = self._joined(parts)
-        if wait_for_row is not None:
-            wait_for_row()
-            combined = combined._replace(prior=self.prior_logit(mean_row_H1, combined.maximum))
-        return combined, mean_row_H1, headers_RH
+        if not smoothed:
+            return combined, None, meeting
+        wait_for_mean_row()
+        mean_row_H, mean_bias = mean_row_H1[:-1], mean_row_H1[-1]
+        prior_N = self.prior_logit(mean_row_H, mean_bias, combined.maximum)
+        return combined._replace(prior=prior_N), mean_row_H, meeting
 
-    def _finish(self, tokens, maximum_n, shape_Fn, statistics, tile=None, *, gradients, headers_RH) -> Combined:
-        stats_RFn = statistics().unflatten(1, shape_Fn)
-        combined = self.call.combine(stats_RFn, headers_RH, tokens, with_prior=not self.linear)
+    def _finish(self, chunk: "_UnderWay", gradients: HeadGradients | None, meeting: Meeting) -> Combined:
+        stats_RFn, tile = chunk.statistics().unflatten(1, chunk.shape_Fn), chunk.tile
+        combined = self.call.combine(stats_RFn, meeting.headers_RH, tile.tokens, with_prior=not self.linear)
         if gradients is not None:
-            gradients.add(tile, self.softmax_scale(combined, maximum_n))
+            gradients.add(tile, self.softmax_scale(combined, tile.maximum_n))
         return combined
 
     def _joined(self, parts: list[Combined]) -> Combined:
@@ -175,14 +178,22 @@ class LinearHead:
             return Combined(*[nothing] * 5)
         return Combined(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
-    def backward(self, headers_RH: Tensor, combined: Combined, gradients: HeadGradients) -> None:
+    def backward(self, meeting: Meeting, combined: Combined, gradients: HeadGradients) -> None:
         """Gradients with the logits computed anew. Collectives: those of `HeadGradients.add`."""
-        slices, buffers = self.chunks(headers_RH, 1)
+        slices, buffers = self.chunks(meeting.widest, 1)
         for tokens in slices:
             z_nK, slope_nK = self.logits(tokens, buffers[0])
             maximum_n = combined.maximum[tokens]
             exp_nK = z_nK.sub_(maximum_n.unsqueeze(1)).exp_()
-            tile = Tile(tokens, exp_nK, slope_nK)
+            tile = Tile(tokens, exp_nK, slope_nK, maximum_n)
             gradients.start(tile)
             own = Combined(*(field[tokens] for field in combined))
             gradients.add(tile, self.softmax_scale(own, maximum_n))
+
+
+class _UnderWay(NamedTuple):
+    """A chunk whose statistics travel."""
+
+    tile: Tile
+    shape_Fn: torch.Size
+    statistics: Callable[[], Tensor]

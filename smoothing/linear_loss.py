@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smoothing import agreement
-from smoothing.call import LossCall, TokenStats, argument_fault, not_tensors, refused_call, refused_input
+from smoothing import agreement, products
+from smoothing.agreement import Meeting
+from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, not_tensors, refused_call, refused_input
 from smoothing.linear_gradients import HeadGradients, Wanted
 from smoothing.linear_head import LinearHead
 from smoothing.options import LossOptions
@@ -59,15 +60,17 @@ def vocab_parallel_linear_cross_entropy(
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     if fault := not_tensors(**tensors):
-        refused_input(target, shard).refuse_meeting(fault)
+        refused_input(target, shard).refuse_at_meeting(fault)
     leading, size = hidden.shape[:-1], weight.shape[0]
     shard = VocabShard.whole(size) if shard is None else shard
-    dtype = _compute_dtype(hidden, weight)
-    fault = _head_fault(hidden, weight, bias, chunk_bytes) or argument_fault(
-        target, shard, options, smoothing_prior, num_items_in_batch, leading, size, dtype
+    fault = (
+        dtype_fault(**tensors)
+        or _head_fault(hidden, weight, bias, chunk_bytes)
+        or argument_fault(target, shard, options, smoothing_prior, num_items_in_batch, leading, size)
     )
     if fault:
-        refused_call(leading.numel(), hidden.device, shard).refuse_meeting(fault)
+        refused_call(leading.numel(), hidden.device, shard).refuse_at_meeting(fault)
+    dtype = _compute_dtype(hidden, weight)
     grad = torch.is_grad_enabled()
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
@@ -120,7 +123,7 @@ class _Job:
         gradients = None
         if token_weight_N is not None:
             gradients = HeadGradients(head, self.call, self.wanted, token_weight_N)
-        combined, mean_row_H1, headers_RH = head.forward(meeting, gradients)
+        combined, mean_row_H, meeting = head.forward(meeting, gradients)
         options = self.call.options
         loss_N = token_loss(combined, options.label_smoothing, options.z_loss)
         if options.reduction == "none":
@@ -131,9 +134,8 @@ class _Job:
         if self.return_stats:
             compact = self.call.token_stats(combined, loss_N.shape)
             stats = tuple(None if x is None else self.scatter(x, self.leading) for x in compact)
-        mean_row_H = None if mean_row_H1 is None else mean_row_H1[:-1]
         sums = None if gradients is None else gradients.finish(mean_row_H)
-        return _Outcome(loss, stats, combined, mean_row_H, headers_RH, sums)
+        return _Outcome(loss, stats, combined, mean_row_H, meeting, sums)
 
     def scatter(self, compact_N: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
         """Values of the labelled tokens in their places, zero elsewhere."""
@@ -159,7 +161,7 @@ class _Outcome:
     stats: tuple
     combined: Combined
     mean_row_H: Tensor | None
-    headers_RH: Tensor
+    meeting: Meeting
     sums: list[Tensor | None] | None
 
 
@@ -171,7 +173,7 @@ class _ScalarLoss(torch.autograd.Function):
         scale = 1 / job.divisor()
         dtype = job.call.statistics_dtype
         # a low-precision GEMM gets gradients of order 1, which do not underflow, and the scale goes onto the sums
-        exact = job.head(hidden_TH, weight_SH, bias_S).gemm_dtype == dtype
+        exact = products.gemm_dtype(job.call.input_dtype, dtype, hidden_TH.device) == dtype
         token_weight = scale if exact else torch.ones_like(scale)
         outcome = job.forward(hidden_TH, weight_SH, bias_S, token_weight_N=token_weight.expand(job.call.tokens))
         inputs = (hidden_TH, weight_SH, bias_S)
@@ -209,8 +211,9 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
         outcome = job.forward(hidden_TH, weight_SH, bias_S)
-        ctx.job = job
-        ctx.save_for_backward(hidden_TH, weight_SH, bias_S, outcome.mean_row_H, outcome.headers_RH, *outcome.combined)
+        ctx.job, ctx.meeting = job, outcome.meeting
+        inputs = (hidden_TH, weight_SH, bias_S, job.call.target, job.call.prior)
+        ctx.save_for_backward(*inputs, outcome.mean_row_H, *outcome.combined)
         ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
         return outcome.loss, *outcome.stats
 
@@ -218,12 +221,12 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor, *_):
         job, saved = ctx.job, ctx.saved_tensors
-        inputs, (mean_row_H, headers_RH, *combined) = saved[:3], saved[3:]
+        inputs, (_target, _prior, mean_row_H, *combined) = saved[:3], saved[3:]  # the call has target and prior
         upstream_T = upstream.reshape(-1).to(job.call.statistics_dtype)
         token_weight_N = upstream_T if job.rows_N is None else upstream_T[job.rows_N]
         head = job.head(*inputs)
         gradients = HeadGradients(head, job.call, job.wanted, token_weight_N)
-        head.backward(headers_RH, Combined(*combined), gradients)
+        head.backward(ctx.meeting, Combined(*combined), gradients)
         grad_hidden, grad_weight, grad_bias = gradients.finish(mean_row_H)
         if grad_hidden is not None:
             grad_hidden = job.scatter(grad_hidden, inputs[0].shape, inputs[0].dtype)
@@ -252,9 +255,6 @@ def _head_fault(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes
         return f"weight must have shape [S, {hidden.shape[-1]}], this rank's rows, got {tuple(weight.shape)}"
     if bias is not None and bias.shape != weight.shape[:1]:
         return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
-    for name, given in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if given is not None and not given.is_floating_point():
-            return f"{name} must have a floating-point dtype, got {given.dtype}"
     if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
         return f"chunk_bytes must be None or an integer of at least 1, got {chunk_bytes!r}"
     return None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smoothing import agreement
-from smoothing.call import LossCall, TokenStats, argument_fault, not_tensors, refused_call, refused_input
+from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, not_tensors, refused_call, refused_input
 from smoothing.options import LossOptions
 from smoothing.shard import VocabShard
 from smoothing.shard_statistics import ShardStatistics, token_loss
@@ -52,12 +52,14 @@ def vocab_parallel_cross_entropy(
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     if fault := not_tensors(logits=logits):
-        refused_input(target, shard).refuse(fault)
+        refused_input(target, shard).refuse_at_exchange(fault)
     leading, width = logits.shape[:-1], logits.shape[-1]
     shard = VocabShard.whole(width) if shard is None else shard
-    fault = argument_fault(target, shard, options, smoothing_prior, num_items_in_batch, leading, width, logits.dtype)
+    fault = dtype_fault(logits=logits) or argument_fault(
+        target, shard, options, smoothing_prior, num_items_in_batch, leading, width
+    )
     if fault:
-        refused_call(leading.numel(), logits.device, shard).refuse(fault)
+        refused_call(leading.numel(), logits.device, shard).refuse_at_exchange(fault)
     statistics_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     flat_T = target.reshape(leading.numel(), width) if target.is_floating_point() else target.reshape(-1)
     call = LossCall(
@@ -90,7 +92,8 @@ class _LogitsLoss(torch.autograd.Function):
         combined = call.combine_all(_shard_statistics(logits_TS, call, rows))
         loss_T = token_loss(combined, call.options.label_smoothing, call.options.z_loss)
         loss_T = loss_T.masked_fill(~call.valid_T, 0.0)
-        ctx.save_for_backward(logits_TS, combined.maximum, combined.log_sum_exp, combined.label_mass)
+        saved = (logits_TS, combined.maximum, combined.log_sum_exp, combined.label_mass)
+        ctx.save_for_backward(*saved, call.target, call.prior)  # the call's only so that changing them is noticed
         ctx.call, ctx.rows, ctx.inplace_backward = call, rows, inplace_backward
         if not return_stats:
             return (loss_T,)
@@ -101,7 +104,7 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T: Tensor, *_):
-        logits_TS, maximum_T, log_sum_exp_T, label_mass_T = ctx.saved_tensors
+        logits_TS, maximum_T, log_sum_exp_T, label_mass_T, *_ = ctx.saved_tensors
         call, rows = ctx.call, ctx.rows
         options, real_size = call.options, call.shard.real_size
         epsilon = options.label_smoothing

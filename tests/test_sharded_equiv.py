@@ -442,7 +442,7 @@ def test_one_collective_of_four_numbers_a_token(size, name, dtype, width):
     for first, later, backward in pool(size).run(collectives, case, dtype):
         assert len(first) >= 1
         assert backward == []
-        assert [sent for _, sent in later] == [width * number * len(case.target) + 64], later
+        assert [sent for _, sent in later] == [width * number * len(case.target) + 72], later
 
 
 def kept(case: Case, dtype):
