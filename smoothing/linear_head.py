@@ -86,10 +86,9 @@ class LinearHead:
         return torch.cat([row_H, bias.unsqueeze(0)])
 
     def prior_logit(self, mean_row_H: Tensor, mean_bias: Tensor, maximum_N: Tensor) -> Tensor:
-        """`Σ_v u_v z_v - M = h·w̄ + b̄ - M`, `[N]`; in fp64 since it may be small beside both."""
-        w_H = mean_row_H.double()
-        dot_N = torch.cat([h_nH.double() @ w_H for h_nH in self.hidden_NH.split(4096)])
-        return (dot_N + mean_bias.double() - maximum_N.double()).to(maximum_N.dtype)
+        """`Σ_v u_v z_v - M = h·w̄ + b̄ - M`, `[N]`."""
+        dot_N = torch.cat([h_nH.to(mean_row_H.dtype) @ mean_row_H for h_nH in self.hidden_NH.split(4096)])
+        return dot_N + mean_bias - maximum_N
 
     def chunks(self, widest: int, buffers: int) -> tuple[list[slice], list[Tensor]]:
         """Tokens of each chunk, the same on every rank, and the buffers that logits take turns in.

@@ -163,6 +163,11 @@ def minus_inf_shard(draft):
     draft.target[draft.valid] = start + draft.target[draft.valid] % (draft.vocab_size - start)
 
 
+def unequal_masses(draft):
+    """Rows of a soft target that sum to 1, 0.5, 2, 0, and so on again."""
+    draft.target *= torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64).repeat(2)[:, None]
+
+
 def ties(draft):
     draft.logits[:] = draft.logits.round().clamp(-1, 1)
 
@@ -221,6 +226,7 @@ _TABLE = {
     "prior-padding-shard": {"prior": True, "pad": 4, "split": padding_last, "label_smoothing": 0.3},
     "soft": {"soft": True},
     "soft-smoothing": {"soft": True, "label_smoothing": 0.1},
+    "soft-unequal-masses": {"soft": True, "edit": unequal_masses, "z_loss": 1e-2, "label_smoothing": 0.1},
     "soft-prior-padded": {"soft": True, "prior": True, "pad": 3, "label_smoothing": 0.2},
     "z-loss": {"z_loss": 1e-2, "label_smoothing": 0.1},
     "softcap": {"logit_softcap": 5.0, "label_smoothing": 0.1},

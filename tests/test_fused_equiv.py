@@ -560,6 +560,48 @@ def test_fp16_gradients_survive_until_loss_scaling():
     torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["prior", "soft"])
+@pytest.mark.parametrize("how", ["mean", "none"])
+def test_columns_without_any_weight_may_be_minus_inf(how, soft):
+    """Where prior (or target) is 0, a logit of -inf is a column left out, not 0·inf."""
+    hidden, weight, bias, target = small()
+    kept = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    prior = torch.where(kept, 1 / kept.sum().double(), 0.0)
+    target = torch.where(target == IGNORED, 0, kept.nonzero().squeeze(1)[target % int(kept.sum())])
+    shut = bias.detach().masked_fill(~kept, -torch.inf)
+    given = prior.expand(len(target), -1) if soft else target
+    options = {"label_smoothing": 0.0} if soft else {"label_smoothing": 0.2, "smoothing_prior": prior}
+    loss = vocab_parallel_linear_cross_entropy(hidden, weight, given, bias=shut, reduction=how, **options)
+    logits = F.linear(hidden, weight[kept], bias.detach()[kept])
+    among_kept = (kept.cumsum(0) - 1)[target]
+    truth = F.cross_entropy(
+        logits,
+        prior[kept].expand_as(logits) if soft else among_kept,
+        **({} if soft else {"label_smoothing": 0.2}),
+        reduction=how,
+    )
+    torch.testing.assert_close(loss, truth)
+    got, want = (torch.autograd.grad(value.sum(), [hidden, weight]) for value in (loss, truth))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("edited", ["target", "prior", "soft-target", "hidden", "weight"])
+def test_what_was_changed_before_backward_is_noticed(edited):
+    """With reduction="none" backward looks at the inputs again."""
+    hidden, weight, _, target = small()
+    target[2] = 0  # all labelled: the loss keeps the caller's own tensor
+    prior = torch.full((11,), 1 / 11, dtype=torch.float64)
+    given = prior.repeat(len(target), 1) if edited == "soft-target" else target
+    loss = vocab_parallel_linear_cross_entropy(
+        hidden, weight, given, label_smoothing=0.1, smoothing_prior=prior, reduction="none"
+    )
+    changed = {"target": given, "soft-target": given, "prior": prior, "hidden": hidden, "weight": weight}[edited]
+    with torch.no_grad():
+        changed.zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.sum().backward()
+
+
 def test_tied_weight_gets_the_sum_of_both_gradients():
     *_, weight, _, target = small()
     hidden = weight[target.clamp(min=0)]
@@ -616,7 +658,23 @@ WRONG = {
     "bias": (lambda given: {"bias": torch.zeros(1)}, r"bias.*\(1,\)"),
     "chunk-bytes": (lambda given: {"chunk_bytes": 0}, r"chunk_bytes.*0"),
     "int-weight": (lambda given: {"weight": given["weight"].detach().long()}, r"weight.*int64"),
+    "bias-a-list": (lambda given: {"bias": [0.0] * len(given["weight"])}, r"bias must be a tensor, got list"),
+    "float8-weight": (
+        lambda given: {"weight": given["weight"].detach().to(torch.float8_e4m3fn)},
+        r"weight must have a floating-point dtype \(float32.*float8",
+    ),
     "num-items": (lambda given: {"num_items_in_batch": 3, "reduction": "sum"}, r"num_items_in_batch"),
+    "num-items-text": (lambda given: {"num_items_in_batch": "3"}, r"num_items_in_batch.*'3'"),
+    "num-items-nan": (lambda given: {"num_items_in_batch": torch.tensor(torch.nan)}, r"num_items_in_batch.*nan"),
+    "num-items-negative": (lambda given: {"num_items_in_batch": -1}, r"num_items_in_batch.*-1"),
+    "prior-with-gradient": (
+        lambda given: {"smoothing_prior": torch.full((len(given["weight"]),), 1 / 12, requires_grad=True)},
+        r"smoothing_prior gets no gradient.*detach",
+    ),
+    "soft-target-with-gradient": (
+        lambda given: {"target": torch.full((5, len(given["weight"])), 1 / 12, requires_grad=True)},
+        r"target gets no gradient.*detach",
+    ),
     # what only shows beside the others: every rank's message
     "fewer-labels": (lambda given: {"target": torch.tensor([0, -100, -100, 5, 6])}, None),
     "other-labels": (lambda given: {"target": torch.tensor([0, 11, -100, 6, 5])}, None),

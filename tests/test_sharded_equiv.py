@@ -407,6 +407,18 @@ def test_gradcheck(name, reduction):
     assert torch.autograd.gradcheck(loss, case.logits.requires_grad_())
 
 
+@pytest.mark.parametrize("edited", ["target", "prior", "soft-target", "logits"])
+def test_what_was_changed_before_backward_is_noticed(edited):
+    case = build(1, tokens=6, prior=True, label_smoothing=0.1, soft=edited == "soft-target")
+    case.logits.requires_grad_()
+    loss = vocab_parallel_cross_entropy(case.logits, case.target, **case.options)
+    changed = {"prior": case.options["smoothing_prior"], "logits": case.logits}.get(edited, case.target)
+    with torch.no_grad():
+        changed.zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
 def test_one_device_function_is_the_same_loss():
     case = build(1, label_smoothing=0.1, z_loss=1e-2, prior=True)
     loss = smoothed_cross_entropy(case.logits, case.target, **case.options)

@@ -107,6 +107,11 @@ MISTAKES = {
     ),
     "width": (lambda call: replace(call, logits=call.logits.detach()[:, :-1]), r"\d+.*expected.*got \d+"),
     "logits-int": (lambda call: replace(call, logits=call.logits.detach().long()), r"dtype.*float32.*int64"),
+    "num-items-text": (with_options(num_items_in_batch="4"), r"num_items_in_batch.*'4'"),
+    "soft-target-with-gradient": (
+        lambda call: replace(call, target=torch.full((TOKENS, call.width), 1 / VOCAB, requires_grad=True)),
+        r"target gets no gradient.*detach",
+    ),
     "prior-length": (
         with_prior(lambda call: torch.full((call.width + 1,), 1 / VOCAB)),
         r"smoothing_prior.*\(\d+,\)",
