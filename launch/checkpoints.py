@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
@@ -106,6 +107,24 @@ def damage(folder: Path) -> str | None:
     shares = on_all_ranks(lambda: [_file_fault(folder, name, entries[name]) for name in _share(entries)])
     faults = [fault for share in shares for fault in share if fault]
     return faults[0] if faults else None
+
+
+@contextmanager
+def refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
+    """Say in a sentence that a file of this checkpoint holds more than weights, which torch has refused to read."""
+    try:
+        yield
+    except UnpicklingError as fault:
+        raise LocalError(
+            f"a file of {checkpoint} holds more than tensors and numbers, and was not read since that could run any "
+            f"code: go on from a checkpoint that you trust. {_unwanted(str(fault))}"
+        ) from None
+
+
+def _unwanted(refusal: str) -> str:
+    """What torch says of the one thing that it met."""
+    found = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?= was not|\n|$)", refusal)
+    return found[0] if found else ""
 
 
 def facts_of(folder: Path) -> dict:

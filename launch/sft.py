@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from launch.callbacks import LogBeforeSaving, MetricsFile, Progress, ResolvedDeepSpeed
+from launch.checkpoints import refusing_pickles
 from launch.data.blanks import fill_to_multiple
 from launch.data.collate import PadToLongest
 from launch.deepspeed_config import deepspeed_config
@@ -72,7 +73,8 @@ def train(trainer: SftTrainer, run: Run) -> None:
     with StopOnSignal() as stop:
         # first of all, so that the others see the checkpoint that it asks for
         trainer.callback_handler.callbacks.insert(0, stop)
-        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        with refusing_pickles(run.checkpoint):
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if run.converted:
         from_main(lambda: shutil.rmtree(run.checkpoint))
     if stop.signal and trainer.state.global_step < trainer.state.max_steps:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,12 @@ def flags(values: dict) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def launch_many(folder: Path, ranks: int, todo: list[list[str]], code: int = 0) -> str:
-    """Run `launch/sft.py`'s main for each argument list, in one set of processes; what they printed."""
+def launch_many(folder: Path, ranks: int, todo: list[list[str]], code: int = 0, file_bytes: int | None = None) -> str:
+    """Run `launch/sft.py`'s main for each argument list, in one set of processes; what they printed.
+
+    `file_bytes`: no file may grow larger, which fails as a full disk does.
+    """
+    limits = (file_bytes, file_bytes)
     (folder / "todo.json").write_text(json.dumps(todo))
     done = subprocess.run(
         [*launcher(ranks), str(ROOT / "tests" / "run_many.py"), str(folder / "todo.json")],
@@ -42,6 +47,7 @@ def launch_many(folder: Path, ranks: int, todo: list[list[str]], code: int = 0) 
         text=True,
         timeout=900,
         env=environment(),
+        preexec_fn=None if file_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     )
     assert done.returncode == code, (done.stdout + done.stderr)[-6000:]
     return done.stdout + done.stderr

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from smoothing import install_smoothed_loss
+from smoothing import VocabShard, install_smoothed_loss
 from smoothing.hf import SmoothedLossCallback
 
 transformers = pytest.importorskip("transformers")
@@ -564,6 +564,9 @@ def engine_losses(state: dict, stage: int, tied: bool, steps: int, **options) ->
         "tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True},
     }
     engine, *_ = deepspeed.initialize(model=model, config=settings)
+    if (prior := options.get("smoothing_prior")) is not None:
+        shard = VocabShard.of(engine.module.lm_head)
+        options["smoothing_prior"] = prior[shard.start : shard.stop]
     losses = []
     with install_smoothed_loss(engine, **options) as installed:
         engine.train()
@@ -587,13 +590,13 @@ def engine_losses(state: dict, stage: int, tied: bool, steps: int, **options) ->
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 0.5}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 0.5}, EXTRAS], ids=["plain", "softcap", "prior-z-loss"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_engines_train_alike(pair, stage, tied, options):
     pytest.importorskip("deepspeed")
     if options and (tied or stage in (1, 2)):
-        pytest.skip("the softcap is looked at where the engine does least and most")
+        pytest.skip("options are looked at where the engine does least and most")
     state = copy.deepcopy(model_of(tied=tied).state_dict())
     by_head = {
         head: pair.run(engine_losses, state, stage, tied, 6, head=head, **options, time_limit=180)

@@ -5,12 +5,15 @@ model are taken away, and what a kill leaves behind is put there (`test_faults.p
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from launch import checkpoints
 from tests.small_run import flags, launch_many, metrics, write_data, write_model
 
 TIMES = {"tokens_per_second", "peak_memory_gib"}
@@ -132,3 +135,42 @@ def test_a_damaged_checkpoint_is_passed_over(runs):
     said = launch_many(runs, 1, [command(runs, layout, "damaged")])
     assert "checkpoint-6 is not whole" in said and "bytes" in said
     assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_loses_nothing(runs):
+    """The limit on a file's size stands in for the disk; the run goes on from the checkpoint before."""
+    layout = (2, 2, 1, 1)
+    whole, torn = runs / name(layout), runs / "disk-full"
+    interrupt(whole, torn)
+    said = launch_many(runs, 2, [command(runs, layout, "disk-full")], code=1, file_bytes=200_000)
+    assert "checkpoint-6 could not be written" in said and "checkpoint-3 stands" in said
+    assert "Traceback" not in said
+    assert {folder.name for folder in checkpoints.checkpoints(torn)} == {"checkpoint-3"}
+    launch_many(runs, 2, [command(runs, layout, "disk-full")])
+    assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
+
+
+class Bomb:
+    """Reading it makes a directory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "*optim_states.pt", "rng_state*.pth"])
+def test_code_in_a_checkpoint_is_not_run(runs, file):
+    """A checkpoint from somebody else, whole by its own digests, whose pickle does something when it is read."""
+    layout = (1, 1, 2, 2)
+    torn, trace = runs / f"bomb-{file[:4].strip('*')}", runs / "exploded"
+    interrupt(runs / name(layout), torn)
+    checkpoint = torn / f"checkpoint-{RESUMED_FROM}"
+    facts = checkpoints.facts_of(checkpoint)
+    (checkpoint / checkpoints.MANIFEST).unlink()
+    torch.save({"module": Bomb(trace)}, next(checkpoint.rglob(file)))
+    checkpoints.seal(checkpoint, facts)
+    said = launch_many(runs, 1, [command(runs, layout, torn.name)], code=1)
+    assert "holds more than tensors" in said and "mkdir" in said and "Traceback" not in said
+    assert not trace.exists()
