@@ -115,16 +115,11 @@ def refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as fault:
+        named = re.search(r"GLOBAL (\S+)", str(fault))
         raise LocalError(
-            f"a file of {checkpoint} holds more than tensors and numbers, and was not read since that could run any "
-            f"code: go on from a checkpoint that you trust. {_unwanted(str(fault))}"
+            f"a file of {checkpoint} asks for {named[1] if named else 'an object'} where tensors and numbers were "
+            "expected, and was not read since that could run any code; go on from a checkpoint that you trust"
         ) from None
-
-
-def _unwanted(refusal: str) -> str:
-    """What torch says of the one thing that it met."""
-    found = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?= was not|\n|$)", refusal)
-    return found[0] if found else ""
 
 
 def facts_of(folder: Path) -> dict:
