@@ -116,9 +116,9 @@ def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict]:
     The latter stay a dict until the DeepSpeed configuration is known: `TrainingArguments` starts the process group.
     Raises `UserError` for an unknown key, a value of the wrong type, or a refused one.
     """
-    flags = _parse(argv, "command line")
+    flags = _parse(argv, "command line", add_help=True)
     recipe = _recipe_path(flags)
-    values = _parse(_recipe_argv(recipe), str(recipe)) if recipe else {}
+    values = _parse(_recipe_argv(recipe), str(recipe), add_help=False) if recipe else {}
     for given, other in (("model", "model_config"), ("model_config", "model")):
         if given in flags:
             values.pop(other, None)  # a flag for one source of the model overrides a recipe's other one
@@ -143,8 +143,9 @@ def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | 
 class _Parser(HfArgumentParser):
     """Reports mistakes as `UserError` and guesses no abbreviations."""
 
-    def __init__(self, where: str):
-        super().__init__((SftOptions, SftTrainingArguments), prog="sft.py", allow_abbrev=False, add_help=True)
+    def __init__(self, where: str, add_help: bool):
+        types = (SftOptions, SftTrainingArguments)
+        super().__init__(types, prog="sft.py", allow_abbrev=False, add_help=add_help)
         self.where = where
         self.description = "Fine-tune a causal LM with a label-smoothed loss whose vocabulary is sharded over ranks."
 
@@ -152,9 +153,9 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{self.where}: {message}")
 
 
-def _parse(argv: Sequence[str], where: str) -> dict:
+def _parse(argv: Sequence[str], where: str, add_help: bool) -> dict:
     """Only what `argv` says, of its type."""
-    parser = _Parser(where)
+    parser = _Parser(where, add_help)
     given, unknown = parser.parse_known_args(list(argv))
     known = {action.dest for action in parser._actions}
     for word in unknown:

@@ -3,6 +3,7 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones.
 """
 
+import functools
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,18 +64,19 @@ class LossCall:
             return torch.ones(self.tokens, dtype=torch.bool, device=self.target.device)
         return self.target != self.options.ignore_index
 
-    def labelled_rows(self) -> Tensor | None:
-        """Indices of the tokens that have a label; None for "look at all", which needs no synchronisation."""
-        if self.soft or self.target.device.type != "cpu":
-            return None
-        valid_T = self.valid_T
-        return None if bool(valid_T.all()) else valid_T.nonzero().squeeze(1)
-
-    def local_target(self, rows) -> tuple[Tensor, Tensor]:
-        """Of these tokens' labels: which this rank owns, and their columns here (0 where it does not)."""
-        column = self.target[rows] - self.shard.start
-        owned = (column >= 0) & (column < self.shard.real_size) & (self.target[rows] != self.options.ignore_index)
+    def local_target(self, target_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Of these labels: which this rank owns, and their columns here (0 where it does not)."""
+        column = target_n - self.shard.start
+        owned = (column >= 0) & (column < self.shard.real_size) & (target_n != self.options.ignore_index)
         return owned, torch.where(owned, column, 0)
+
+    def softmax_scale(self, combined: Combined, base_T: Tensor) -> Tensor:
+        """What `exp(z - base)` is multiplied by to give ∂loss/∂lse · softmax, for these tokens."""
+        epsilon, z_loss = self.options.label_smoothing, self.options.z_loss
+        lse_gradient_T = (1 - epsilon) * combined.label_mass + epsilon
+        if z_loss > 0:
+            lse_gradient_T = lse_gradient_T + 2 * z_loss * (combined.maximum + combined.log_sum_exp)
+        return lse_gradient_T * (base_T - combined.maximum - combined.log_sum_exp).exp()
 
     def header(self, refused: bool = False) -> Tensor:
         """This rank's header (see `agreement`), on the target's device."""
@@ -91,7 +93,7 @@ class LossCall:
             batch=0,
             prior_mass=uniform_mass,
         )
-        header_H = torch.tensor(header.encode(), dtype=torch.int64).to(self.target.device, non_blocking=True)
+        header_H = _on_device(header, self.target.device).clone()
         if self.prior is not None:
             header_H[agreement.PRIOR_MASS] = self.prior.sum(dtype=torch.float64).view(torch.int64)
         if not refused and self.batch is not None:
@@ -162,6 +164,12 @@ class LossCall:
         if isinstance(items, Tensor):
             return loss_T.sum() / items.to(loss_T.device, loss_T.dtype).clamp(min=1)
         return loss_T.sum() / max(items, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(header: Header, device: torch.device) -> Tensor:
+    """What of a header does not change from step to step, copied to a device once; so a graph can be captured."""
+    return torch.tensor(header.encode(), dtype=torch.int64).to(device)
 
 
 def refused_call(tokens: int, device: torch.device, shard: VocabShard) -> LossCall:

@@ -20,6 +20,7 @@ from torch import Tensor
 from smoothing import products
 from smoothing.call import LossCall
 from smoothing.collectives import start_all_reduce
+from smoothing.shard_statistics import Combined
 
 
 class Wanted(NamedTuple):
@@ -31,11 +32,10 @@ class Wanted(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One chunk's `exp(z - m)`, in a buffer that is used again; with a softcap, also `1 - (z/cap)²`."""
+    """One chunk's logits, in a buffer that is used again; where the gradient is factored, `exp(z - m)`."""
 
     tokens: slice
-    exp_nK: Tensor
-    cap_slope_nK: Tensor | None
+    z_nK: Tensor
     maximum_n: Tensor  # m
 
 
@@ -67,14 +67,14 @@ class HeadGradients:
     def start(self, tile: Tile) -> None:
         """Compute what of a chunk's gradient needs no other rank: `e·W`, where it is factored and wanted."""
         if self.wanted.hidden and self.head.factored:
-            products.hidden_gradient(tile.exp_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
+            products.hidden_gradient(tile.z_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
 
-    def add(self, tile: Tile, softmax_scale_n: Tensor) -> None:
-        """Add a chunk's gradient; `softmax_scale·e` is the softmax (times its z-loss factor), without the weight g.
+    def add(self, tile: Tile, combined: Combined) -> None:
+        """Add a chunk's gradient, once what all ranks know of its tokens is known.
 
         Collectives: one all-reduce of [n, H] if the hidden gradient is wanted.
         """
-        (self._add_factored if self.head.factored else self._add_explicit)(tile, softmax_scale_n)
+        (self._add_factored if self.head.factored else self._add_explicit)(tile, combined)
 
     def finish(self, mean_row_H: Tensor | None) -> list[Tensor | None]:
         """The sums `[N, H]`, `[S, H]` and `[S]` in the statistics' dtype, those that were wanted."""
@@ -86,47 +86,40 @@ class HeadGradients:
         names = ("hidden_NH", "weight_SH", "bias_S")
         return [getattr(self, name) if want else None for name, want in zip(names, self.wanted, strict=True)]
 
-    def _add_factored(self, tile: Tile, softmax_scale_n: Tensor) -> None:
-        weight_n = self.token_weight_N[tile.tokens]
-        scale_n1 = (softmax_scale_n * weight_n).unsqueeze(1)
+    def _add_factored(self, tile: Tile, combined: Combined) -> None:
+        exp_nK, weight_n = tile.z_nK, self.token_weight_N[tile.tokens]
+        scale_n1 = (self.call.softmax_scale(combined, tile.maximum_n) * weight_n).unsqueeze(1)
         label_share = self.call.options.label_smoothing - 1
-        owned_n, column_n = self.call.local_target(tile.tokens)
+        owned_n, column_n = self.call.local_target(self.call.target[tile.tokens])
         owned, column = owned_n.nonzero().squeeze(1), column_n[owned_n]
         label_weight_1 = (weight_n[owned] * label_share).unsqueeze(1)
-        real_size = tile.exp_nK.shape[1]
+        real_size = exp_nK.shape[1]
         if self.wanted.hidden:
             grad_nH = self.hidden_NH[tile.tokens].mul_(scale_n1)
             grad_nH.index_add_(0, owned, self.head.weight_KH[column].to(grad_nH.dtype) * label_weight_1)
             self.reductions.append(start_all_reduce(grad_nH, self.call.shard))
         if self.wanted.weight:
             hidden_nH = self.head.hidden(tile.tokens)
-            products.add_weight_gradient(self.weight_SH[:real_size], tile.exp_nK, hidden_nH * scale_n1)
+            products.add_weight_gradient(self.weight_SH[:real_size], exp_nK, hidden_nH * scale_n1)
             self.weight_SH.index_add_(0, column, hidden_nH[owned] * label_weight_1)
         if self.wanted.bias:
-            self.bias_S[:real_size].addmv_(tile.exp_nK.t(), scale_n1.squeeze(1))
+            self.bias_S[:real_size].addmv_(exp_nK.t(), scale_n1.squeeze(1))
             self.bias_S.index_add_(0, column, label_weight_1.squeeze(1))
 
-    def _add_explicit(self, tile: Tile, softmax_scale_n: Tensor) -> None:
-        weight_n1 = self.token_weight_N[tile.tokens].unsqueeze(1)
-        grad_nK = tile.exp_nK.mul_(softmax_scale_n.unsqueeze(1))
+    def _add_explicit(self, tile: Tile, combined: Combined) -> None:
+        head, base_n = self.head, combined.maximum
+        scale_n, weight_n = self.call.softmax_scale(combined, base_n), self.token_weight_N[tile.tokens]
+        in_place = self.wanted.bias or head.gemm_dtype == tile.z_nK.dtype  # a bias sums what is not rounded yet
+        out_nK = tile.z_nK if in_place else torch.empty_like(tile.z_nK, dtype=head.gemm_dtype)
+        target = self.call.target[tile.tokens]
+        options = {"with_prior": not head.linear}
+        grad_nK = head.passes.gradient(tile.z_nK, target, self.call, base_n, scale_n, weight_n, out_nK, **options)
         real_size = grad_nK.shape[1]
-        epsilon = self.call.options.label_smoothing
-        if self.call.soft:
-            grad_nK.sub_(self.call.target[tile.tokens, :real_size].to(grad_nK.dtype), alpha=1 - epsilon)
-        elif real_size > 0:
-            owned_n, column_n = self.call.local_target(tile.tokens)
-            share_n = owned_n.to(grad_nK.dtype) * (epsilon - 1)
-            grad_nK.scatter_add_(1, column_n.unsqueeze(1), share_n.unsqueeze(1))
-        if not self.head.linear and epsilon > 0:
-            grad_nK.sub_(self.head.prior_column().squeeze(1) * epsilon)
-        if tile.cap_slope_nK is not None:
-            grad_nK.mul_(tile.cap_slope_nK)
-        grad_nK.mul_(weight_n1)
         if self.wanted.bias:
             self.bias_S[:real_size] += grad_nK.sum(0)
-        factor_nK = grad_nK.to(self.head.gemm_dtype)
+        factor_nK = grad_nK.to(head.gemm_dtype)
         if self.wanted.hidden:
-            grad_nH = products.hidden_gradient(factor_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
+            grad_nH = products.hidden_gradient(factor_nK, head.weight_KH, self.hidden_NH[tile.tokens])
             self.reductions.append(start_all_reduce(grad_nH, self.call.shard))
         if self.wanted.weight:
-            products.add_weight_gradient(self.weight_SH[:real_size], factor_nK, self.head.hidden(tile.tokens))
+            products.add_weight_gradient(self.weight_SH[:real_size], factor_nK, head.hidden(tile.tokens))

@@ -6,6 +6,7 @@ Legend: N labelled tokens, n those of a chunk, S rows of this rank's weight, K r
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from smoothing.call import LossCall
 from smoothing.collectives import start_all_gather, start_all_reduce
 from smoothing.linear_gradients import HeadGradients, Tile
 from smoothing.linear_statistics import consume
-from smoothing.shard_statistics import Combined
+from smoothing.passes import passes, uses_triton
+from smoothing.shard_statistics import Combined, ShardStatistics
 
 # A chunk's logits take an eighth of what the largest shard's weight takes in fp32, beside a gradient of that size;
 # and not less than this, below which the products lose speed.
@@ -54,9 +56,14 @@ class LinearHead:
         return self.call.options.logit_softcap is None
 
     @property
+    def passes(self) -> ModuleType:
+        return passes(self.hidden_NH.device, self.call)
+
+    @property
     def factored(self) -> bool:
         """The gradient's tile is never made (see `linear_gradients`)."""
-        return self.linear and not self.call.soft and self.hidden_NH.device.type == "cpu"
+        on_cpu = self.hidden_NH.device.type == "cpu" and not uses_triton(self.hidden_NH.device, self.call)
+        return on_cpu and self.linear and not self.call.soft
 
     def hidden(self, tokens: slice) -> Tensor:
         return self.hidden_NH[tokens].to(self.gemm_dtype)
@@ -95,38 +102,31 @@ class LinearHead:
 
         The widest shard's logits fit the budget, so every rank makes the same chunks whatever its own shard.
         """
-        element = self.call.statistics_dtype.itemsize * buffers * (1 if self.linear else 2)
+        dtype = self.call.statistics_dtype
+        # a low-precision GEMM takes a copy of the gradient
+        element = dtype.itemsize * buffers + (0 if self.gemm_dtype == dtype else self.gemm_dtype.itemsize)
         device = self.hidden_NH.device
         budget = self.chunk_bytes
         if budget is None:
             least = LEAST_CHUNK_BYTES if device.type == "cpu" else LEAST_DEVICE_CHUNK_BYTES
-            budget = max(least, widest * self.weight_KH.shape[1] * self.call.statistics_dtype.itemsize // 8)
+            budget = max(least, widest * self.weight_KH.shape[1] * dtype.itemsize // 8)
         tokens = self.call.tokens
         step = min(tokens, max(1, budget // (element * max(1, widest))))
         slices = [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
         made = range(min(buffers, len(slices)))
-        dtype = self.call.statistics_dtype
         return slices, [torch.empty(step, len(self.weight_KH), dtype=dtype, device=device) for _ in made]
 
-    def logits(self, tokens: slice, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`[n, K]` logits, capped if so asked, and then `1 - (z/cap)²`. One GEMM."""
+    def logits(self, tokens: slice, buffer: Tensor) -> Tensor:
+        """`[n, K]` logits, before any softcap. One GEMM."""
         z_nK = products.logits(self.hidden(tokens), self.weight_KH, buffer[: tokens.stop - tokens.start])
-        if self.bias_K is not None:
-            z_nK += self.bias_K
-        if self.linear:
-            return z_nK, None
-        cap = self.call.options.logit_softcap
-        z_nK.div_(cap).tanh_()
-        slope_nK = 1 - z_nK.square()
-        return z_nK.mul_(cap), slope_nK
+        return z_nK if self.bias_K is None else z_nK.add_(self.bias_K)
 
-    def softmax_scale(self, combined: Combined, exp_relative_to: Tensor) -> Tensor:
-        """What `exp(z - exp_relative_to)` is multiplied by to give ∂loss/∂lse · softmax: `[n]`."""
-        options = self.call.options
-        lse_grad_n = (1 - options.label_smoothing) * combined.label_mass + options.label_smoothing
-        if options.z_loss > 0:
-            lse_grad_n = lse_grad_n + 2 * options.z_loss * (combined.maximum + combined.log_sum_exp)
-        return lse_grad_n * (exp_relative_to - combined.maximum - combined.log_sum_exp).exp()
+    def statistics(self, z_nK: Tensor, tokens: slice) -> ShardStatistics:
+        """Of a chunk's logits. Where the gradient is factored they become `exp(z - m)` on the way."""
+        target = self.call.target[tokens]
+        if self.factored:
+            return consume(z_nK, target, self.call)
+        return self.passes.statistics(z_nK, target, self.call, with_prior=not self.linear)
 
     def forward(
         self, end_meeting: Callable[[], Meeting], gradients: HeadGradients | None
@@ -146,10 +146,10 @@ class LinearHead:
         slices, buffers = self.chunks(meeting.widest, 1 + lookahead if gradients is not None else 1)
         under_way, parts = deque(), []
         for turn, tokens in enumerate(slices):
-            exp_nK, slope_nK = self.logits(tokens, buffers[turn % len(buffers)])
-            own = consume(exp_nK, call, tokens, with_prior=not self.linear)
+            z_nK = self.logits(tokens, buffers[turn % len(buffers)])
+            own = self.statistics(z_nK, tokens)
             stats_Fn = own.stack()
-            tile = Tile(tokens, exp_nK, slope_nK, own.maximum)
+            tile = Tile(tokens, z_nK, own.maximum)
             under_way.append(_UnderWay(tile, stats_Fn.shape, start_all_gather(stats_Fn, call.shard)))
             if gradients is not None:
                 gradients.start(tile)
@@ -168,7 +168,7 @@ class LinearHead:
         stats_RFn, tile = chunk.statistics().unflatten(1, chunk.shape_Fn), chunk.tile
         combined = self.call.combine(stats_RFn, meeting.headers_RH, tile.tokens, with_prior=not self.linear)
         if gradients is not None:
-            gradients.add(tile, self.softmax_scale(combined, tile.maximum_n))
+            gradients.add(tile, combined)
         return combined
 
     def _joined(self, parts: list[Combined]) -> Combined:
@@ -181,13 +181,13 @@ class LinearHead:
         """Gradients with the logits computed anew. Collectives: those of `HeadGradients.add`."""
         slices, buffers = self.chunks(meeting.widest, 1)
         for tokens in slices:
-            z_nK, slope_nK = self.logits(tokens, buffers[0])
-            maximum_n = combined.maximum[tokens]
-            exp_nK = z_nK.sub_(maximum_n.unsqueeze(1)).exp_()
-            tile = Tile(tokens, exp_nK, slope_nK, maximum_n)
-            gradients.start(tile)
+            z_nK = self.logits(tokens, buffers[0])
             own = Combined(*(field[tokens] for field in combined))
-            gradients.add(tile, self.softmax_scale(own, maximum_n))
+            if self.factored:
+                z_nK.sub_(own.maximum.unsqueeze(1)).exp_()
+            tile = Tile(tokens, z_nK, own.maximum)
+            gradients.start(tile)
+            gradients.add(tile, own)
 
 
 class _UnderWay(NamedTuple):

@@ -340,14 +340,14 @@ def test_products(name, chunk_bytes):
 def test_every_rank_issues_the_same_collectives(softcap):
     """Uneven shards, one all padding: the widest decides on the chunks. Sizes are bytes this rank sends.
 
-    A softcap needs Σ z_v from the logits, and four tiles of a chunk at once: two take turns, each with its slope.
+    A softcap needs Σ z_v from the logits, and two tiles of a chunk at once, which take turns.
     """
     tokens, hidden, vocab = 10, 16, 48
     bounds = [(0, 8), (8, 40), (40, 48), (48, 64)]
     options = {"label_smoothing": 0.1} | ({} if softcap is None else {"logit_softcap": softcap})
     case = build(4, tokens=tokens, vocab=vocab, pad=16, split=bounds, **options)
     labelled = int(case.valid.sum())
-    rows, sent_a_token = (4, 12) if softcap is None else (1, 16)
+    rows, sent_a_token = (4, 12) if softcap is None else (2, 16)
     chunks = [rows] * (labelled // rows) + ([labelled % rows] if labelled % rows else [])
     for how, with_hidden in (((), True), (("hidden",), False)):
         results = pool(4).run(cost, case, chunk_bytes=4 * 32 * 4, frozen=how, hidden_size=hidden)

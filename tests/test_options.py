@@ -68,6 +68,7 @@ def test_every_shipped_recipe_parses():
     [
         ({"smothing": 0.1}, ("unknown key 'smothing'", "'smoothing'")),
         ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
+        ({"help": True}, ("unknown key 'help'",)),
         ({"smoothing": "much"}, ("smoothing", "much")),
         ({"max_steps": "many"}, ("max_steps", "many")),
         ({"smoothing": 1.5}, ("smoothing", "[0, 1]", "1.5")),

@@ -1,0 +1,278 @@
+"""Loss and head on one GPU, side by side: time against the floor, memory, host synchronisations, CUDA graphs.
+
+    python benchmarks/gpu.py                    # `make bench-gpu`
+    python benchmarks/gpu.py --device cpu       # a dry run on small sizes, which writes nothing
+
+Every contender is checked against fp64 before it is timed, then all take turns in one process. What is not installed
+is left out, and said. Writes `benchmarks/results/gpu.json` and `gpu.md`.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import torch
+import torch.nn.functional as F
+from gpu_contenders import HEADS, LOSSES, SMOOTHING, Contender, Given, Loss, Sizes
+from torch import Tensor
+
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "deepspeed", "transformers")
+
+
+# Checked, then measured.
+
+
+def check(contender: Contender, loss: Loss, sizes: Sizes, device: str) -> str:
+    """ "ok" or what is wrong: loss and gradients at most twice as far from fp64 as `F.cross_entropy` in bf16."""
+    given = Given.make(replace(sizes, tokens=min(sizes.tokens, 64)), device, seed=1)
+    epsilon = SMOOTHING if contender.smooths else 0.0
+
+    def plain(dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (given.hidden, given.weight) if x is not None]
+        z = F.linear(*leaves) if len(leaves) == 2 else leaves[0]
+        value = F.cross_entropy(z if dtype == torch.float64 else z.float(), given.target, label_smoothing=epsilon)
+        value.backward()
+        return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+    truth, rival = plain(torch.float64), plain(torch.bfloat16)  # first: a loss may take the logits' memory
+    try:
+        value = loss(given)
+        value.backward()
+    except Exception as fault:
+        return f"{type(fault).__name__}: {fault}".splitlines()[0][:160]
+    got = [value.detach(), *(x.grad for x in (given.hidden, given.weight) if x is not None)]
+    for name, mine, theirs, exact in zip(("loss", "first gradient", "second"), got, rival, truth, strict=False):
+        error, allowed = (float((x.double() - exact).norm() / exact.norm()) for x in (mine, theirs))
+        if not error <= 2 * allowed + 1e-5:
+            return f"{name} is {error:.1e} off, F.cross_entropy in bf16 {allowed:.1e}"
+    return "ok"
+
+
+class Clock:
+    """Milliseconds of work on a device."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+
+    def time(self, work: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            work()
+            return 1e3 * (time.perf_counter() - start)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        before.record()
+        work()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after)
+
+
+def step(loss: Loss, given: Given) -> None:
+    given.clear()
+    value = loss(given)
+    if value is not None:
+        value.backward()
+
+
+def peak_bytes(loss: Loss, given: Given) -> int:
+    """Over the inputs, gradients included."""
+    given.clear()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(loss, given)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def synchronisations(loss: Loss, given: Given) -> int:
+    """Host synchronisations in one forward and backward, as CUDA reports them."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step(loss, given)
+        return sum("synchroniz" in str(w.message).lower() for w in seen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(loss: Loss, given: Given) -> str:
+    """Whether forward and backward can be captured in a CUDA graph that gives the same loss."""
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                given.clear()
+                want = loss(given)
+                want.backward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        given.clear()
+        with torch.cuda.graph(graph):
+            value = loss(given)
+            value.backward()
+        graph.replay()
+        torch.cuda.synchronize()
+        return "yes" if torch.equal(value, want) else f"another loss: {value.item()} for {want.item()}"
+    except Exception as fault:
+        return f"no: {fault}".splitlines()[0][:120]
+
+
+def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int) -> dict:
+    """Every contender at one point: verdict, then interleaved times, peak memory, synchronisations, graphs."""
+    losses, verdicts = {}, {}
+    for contender in contenders:
+        if contender.needs and importlib.util.find_spec(contender.needs) is None:
+            verdicts[contender.name] = "not installed"
+            continue
+        try:
+            loss = contender.make()
+        except Exception as fault:
+            verdicts[contender.name] = f"{type(fault).__name__}: {fault}".splitlines()[0][:160]
+            continue
+        verdicts[contender.name] = check(contender, loss, sizes, device) if contender.checked else "ok"
+        if verdicts[contender.name] == "ok":
+            losses[contender.name] = loss
+    for name, verdict in verdicts.items():
+        print(f"{sizes}: {name}: {verdict}", flush=True)
+    clock, milliseconds, memory = Clock(device), {name: [] for name in losses}, {}
+    more = {}
+    for turn in range(rounds + 1):  # the first one warms up
+        names = list(losses)
+        for name in names if turn % 2 else reversed(names):
+            given = Given.make(sizes, device)
+            try:
+                if turn == 0 and device == "cuda":
+                    step(losses[name], given)
+                    memory[name] = peak_bytes(losses[name], given)
+                taken = clock.time(lambda n=name, g=given: step(losses[n], g))
+            except torch.cuda.OutOfMemoryError:
+                verdicts[name] = "out of memory"
+                losses.pop(name), milliseconds.pop(name)
+                continue
+            if turn:
+                milliseconds[name].append(taken)
+            del given
+    if device == "cuda":
+        for name in [n for n in losses if n.startswith(("here", "fused"))]:
+            given = Given.make(sizes, device)
+            more[name] = {"synchronisations": synchronisations(losses[name], given)}
+            more[name]["captured"] = captured(losses[name], given)
+    return {
+        "sizes": asdict(sizes),
+        "verdicts": verdicts,
+        "milliseconds": {name: _summary(values) for name, values in milliseconds.items()},
+        "peak_bytes": memory,
+        "more": more,
+    }
+
+
+def bandwidth(clock: Clock, device: str, count: int) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.ones(count, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / (1e-3 * statistics.median(clock.time(lambda: target.copy_(source)) for _ in range(9)))
+
+
+def _summary(values: list[float]) -> dict:
+    ordered = sorted(values)
+    return {"median": statistics.median(ordered), "least": ordered[0], "most": ordered[-1]}
+
+
+# Written.
+
+
+def table(result: dict) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    lines = [
+        "# One GPU, bf16, forward and backward",
+        "",
+        f"`{result['command']}`",
+        "",
+        f"{result['device']}; {versions}; {result['date']}. A copy moves {result['bandwidth'] / 1e12:.2f} TB/s. "
+        f"Smoothing {SMOOTHING:g} where the contender has it; each checked against fp64 first.",
+    ]
+    for point in result["points"]:
+        sizes = Sizes(**point["sizes"])
+        from_logits = not sizes.hidden
+        title = f"T={sizes.tokens}, V={sizes.vocab}" + ("" if from_logits else f", H={sizes.hidden}")
+        lines += ["", f"## {'From logits' if from_logits else 'From hidden states'}: {title}", ""]
+        floor = "of the floor (3 passes)" if from_logits else "of the products' rate alone"
+        lines += [
+            f"| contender | ms, median (least to most) | {floor} | peak MiB over inputs | |",
+            "|---|---|---|---|---|",
+        ]
+        best = 3 * 2 * sizes.tokens * sizes.vocab / result["bandwidth"] * 1e3
+        if not from_logits:
+            best = point["milliseconds"]["the three products alone"]["median"]
+        for name, ms in point["milliseconds"].items():
+            memory = point["peak_bytes"].get(name)
+            notes = "; ".join(f"{key} {value}" for key, value in point["more"].get(name, {}).items())
+            spread = f"{ms['median']:.2f} ({ms['least']:.2f} to {ms['most']:.2f})"
+            shown = "" if memory is None else f"{memory / 2**20:.0f}"
+            lines.append(f"| {name} | {spread} | {best / ms['median']:.0%} | {shown} | {notes} |")
+        lines += [f"\nNot timed, {name}: {verdict}" for name, verdict in point["verdicts"].items() if verdict != "ok"]
+    return "\n".join(lines) + "\n"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--name", default="gpu", help="of the files in results/")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    dry = args.device == "cpu"
+    if not dry and not torch.cuda.is_available():
+        print("error: no GPU is at hand, and nothing else can give its figures; `--device cpu` is a dry run")
+        return 2
+    tokens = 64 if dry else args.tokens
+    vocabularies, hidden_sizes = ((1000, 500), (32,)) if dry else ((128256, 16032), (4096, 8192))
+    points = [(LOSSES, Sizes(tokens, vocab)) for vocab in vocabularies]
+    points += [(HEADS, Sizes(tokens, v, h)) for h in hidden_sizes for v in ((1000,) if dry else (128256, 262144))]
+    result = {
+        "command": "python benchmarks/gpu.py " + shlex.join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": "a dry run on the CPU" if dry else torch.cuda.get_device_name(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "bandwidth": bandwidth(Clock(args.device), args.device, 1 << (16 if dry else 30)),
+        "points": [],
+    }
+    for contenders, sizes in points:
+        result["points"].append(measure(contenders, sizes, args.device, 2 if dry else args.rounds))
+        if not dry:
+            (HERE / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (HERE / "results" / f"{args.name}.md").write_text(table(result))
+    print(table(result))
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What `gpu.py` compares on one GPU: losses from logits, and heads from hidden states, in bf16.
+
+Each is used as its own documentation recommends. What cannot smooth is timed without, and says so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smoothing import smoothed_cross_entropy, vocab_parallel_linear_cross_entropy
+from smoothing.products import add_weight_gradient, hidden_gradient, logits
+
+SMOOTHING = 0.1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    tokens: int
+    vocab: int
+    hidden: int = 0  # 0: from logits
+
+
+@dataclass
+class Given:
+    """Inputs of one measurement. From logits, `hidden` is None and `weight` holds the logits."""
+
+    hidden: Tensor | None
+    weight: Tensor
+    target: Tensor
+
+    @classmethod
+    def make(cls, sizes: Sizes, device: str, seed: int = 0) -> "Given":
+        generator = torch.Generator(device).manual_seed(seed)
+        options = {"generator": generator, "device": device, "dtype": torch.bfloat16}
+        target = torch.randint(sizes.vocab, (sizes.tokens,), generator=generator, device=device)
+        if not sizes.hidden:
+            return cls(None, torch.randn(sizes.tokens, sizes.vocab, **options).mul_(2).requires_grad_(), target)
+        hidden = torch.randn(sizes.tokens, sizes.hidden, **options).requires_grad_()
+        weight = torch.randn(sizes.vocab, sizes.hidden, **options).mul_(sizes.hidden**-0.5).requires_grad_()
+        return cls(hidden, weight, target)
+
+    def clear(self) -> None:
+        self.weight.grad = None
+        if self.hidden is not None:
+            self.hidden.grad = None
+
+
+Loss = Callable[[Given], Tensor]
+
+
+# From logits.
+
+
+def here_in_place(given: Given) -> Tensor:
+    return smoothed_cross_entropy(given.weight, given.target, label_smoothing=SMOOTHING, inplace_backward=True)
+
+
+def here_kept(given: Given) -> Tensor:
+    return smoothed_cross_entropy(given.weight, given.target, label_smoothing=SMOOTHING)
+
+
+def torch_loss(given: Given) -> Tensor:
+    return F.cross_entropy(given.weight.float(), given.target, label_smoothing=SMOOTHING)
+
+
+def liger_loss() -> Loss:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    loss = LigerCrossEntropyLoss(label_smoothing=SMOOTHING)
+    return lambda given: loss(given.weight, given.target)
+
+
+def quack_loss() -> Loss:
+    from quack import cross_entropy  # cannot smooth
+
+    return lambda given: cross_entropy(given.weight, given.target).mean()
+
+
+# From hidden states.
+
+
+def here_fused(given: Given) -> Tensor:
+    return vocab_parallel_linear_cross_entropy(given.hidden, given.weight, given.target, label_smoothing=SMOOTHING)
+
+
+def torch_head(given: Given) -> Tensor:
+    return F.cross_entropy(F.linear(given.hidden, given.weight).float(), given.target, label_smoothing=SMOOTHING)
+
+
+def liger_head() -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(label_smoothing=SMOOTHING)
+    return lambda given: loss(given.weight, given.hidden, given.target)
+
+
+def cut_head() -> Loss:
+    from cut_cross_entropy import linear_cross_entropy  # cannot smooth
+
+    return lambda given: linear_cross_entropy(given.hidden, given.weight, given.target)
+
+
+def deepspeed_head() -> Loss:
+    from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy  # cannot smooth
+
+    def loss(given: Given) -> Tensor:
+        bounds = {"vocab_start_index": 0, "vocab_end_index": len(given.weight)}
+        return vocab_parallel_linear_cross_entropy(given.hidden, given.weight, given.target, tp_group=None, **bounds)
+
+    return loss
+
+
+def products_alone(given: Given) -> None:
+    """The three products of a head, a quarter of the tokens at a time, with nothing between them."""
+    with torch.no_grad():
+        on_gpu = given.weight.device.type == "cuda"
+        options = {"dtype": torch.float32 if on_gpu else torch.bfloat16, "device": given.weight.device}
+        total_VH = torch.zeros(given.weight.shape, **options)
+        for hidden_nH in given.hidden.split(max(1, len(given.hidden) // 4)):
+            z_nV = logits(hidden_nH, given.weight, torch.empty(len(hidden_nH), len(given.weight), **options))
+            low_nV = z_nV.to(torch.bfloat16)
+            hidden_gradient(low_nV, given.weight, torch.empty(hidden_nH.shape, **options))
+            add_weight_gradient(total_VH, low_nV, hidden_nH)
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    make: Callable[[], Loss]
+    smooths: bool = True
+    needs: str | None = None
+    checked: bool = True
+
+
+LOSSES = [
+    Contender("here, in place", lambda: here_in_place),
+    Contender("here", lambda: here_kept),
+    Contender("Liger cross entropy", liger_loss, needs="liger_kernel"),
+    Contender("quack cross entropy", quack_loss, smooths=False, needs="quack"),
+    Contender("F.cross_entropy", lambda: torch_loss),
+    Contender("F.cross_entropy, compiled", lambda: torch.compile(torch_loss)),
+]
+HEADS = [
+    Contender("fused, here", lambda: here_fused),
+    Contender("Liger fused linear cross entropy", liger_head, needs="liger_kernel"),
+    Contender("Cut Cross-Entropy", cut_head, smooths=False, needs="cut_cross_entropy"),
+    Contender("DeepSpeed vocab_parallel_linear_cross_entropy", deepspeed_head, smooths=False, needs="deepspeed"),
+    Contender("F.linear + F.cross_entropy", lambda: torch_head),
+    Contender("F.linear + F.cross_entropy, compiled", lambda: torch.compile(torch_head)),
+    Contender("the three products alone", lambda: products_alone, checked=False),
+]

@@ -1,0 +1,114 @@
+"""The Triton kernels in Triton's interpreter on the CPU, held to the same truth as the torch operations.
+
+One and two gloo ranks. What the interpreter cannot show, a GPU must: `make bench-gpu` checks before it times.
+"""
+
+import contextlib
+import importlib.util
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import CASES, build
+from ranks import Allocations, Ranks
+from test_fused_equiv import NAMES, assert_equals_plain, fused
+from test_sharded_equiv import assert_equals_dense, my_shard, sharded, upstream_for
+
+from smoothing import vocab_parallel_cross_entropy
+
+# not imported here: Triton reads TRITON_INTERPRET when it is imported, and the ranks import this file
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+HARD = [name for name in CASES if not CASES[name](1).soft]
+FUSED = [name for name in HARD if name in NAMES]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextlib.contextmanager
+def interpreter():
+    """The kernels instead of torch operations; yields the names of those that have run."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from smoothing import passes_triton
+
+    plain, ran = (passes_triton.statistics, passes_triton.gradient), set()
+
+    def statistics(*args, **kwargs):
+        ran.add("statistics")
+        return plain[0](*args, **kwargs)
+
+    def gradient(*args, **kwargs):
+        ran.add("gradient")
+        *rest, out = args
+        if out.dtype != torch.bfloat16:
+            return plain[1](*args, **kwargs)
+        # the interpreter cuts bf16 off where a device rounds to nearest
+        return out.copy_(plain[1](*rest, torch.empty_like(out, dtype=torch.float32), **kwargs))
+
+    try:
+        passes_triton.statistics, passes_triton.gradient = statistics, gradient
+        yield ran
+    finally:
+        passes_triton.statistics, passes_triton.gradient = plain
+        del os.environ["TRITON_INTERPRET"]
+
+
+def interpreted(function, *args, **kwargs):
+    with interpreter() as ran:
+        result = function(*args, **kwargs)
+    assert ran == {"statistics", "gradient"} or not result["grad" if "grad" in result else "hidden"].any()
+    return result
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="{}rank".format)
+def few(request):
+    with Ranks(request.param) as ranks:  # processes of their own, in which nothing has imported Triton
+        yield ranks
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", HARD)
+def test_sharded_loss(few, name, dtype):
+    case = CASES[name](few.size)
+    results = few.run(interpreted, sharded, case, dtype, None, upstream_for(case), reduction="none")
+    assert_equals_dense(case, results, dtype)
+
+
+@pytest.mark.parametrize("how", ["sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_loss(few, name, dtype, how):
+    if dtype == torch.float16 and name.startswith("offset"):
+        pytest.skip("overflows in fp16")
+    case = CASES[name](few.size)
+    upstream = upstream_for(case) if how == "none" else None
+    results = few.run(interpreted, fused, case, dtype=dtype, reduction=how, upstream=upstream, chunk_bytes=600)
+    assert_equals_plain(case, results, dtype, reduce=torch.sum if how == "sum" else None)
+
+
+def wide(inplace: bool, dtype):
+    """A vocabulary of several blocks, cut unevenly, through a transposed view; and the largest new tensor."""
+    case = build(2, tokens=5, vocab=9000, pad=7, split=[(0, 4097), (4097, 9007)], prior=True, label_smoothing=0.1)
+    start, stop = case.bounds[dist.get_rank()]
+    _, target, options = case.share(dist.get_rank(), dtype)
+    logits = case.logits[:, start:stop].to(dtype).t().contiguous().t().requires_grad_()
+    with interpreter(), Allocations() as made:
+        loss = vocab_parallel_cross_entropy(
+            logits, target, my_shard(case), reduction="none", inplace_backward=inplace, **options
+        )
+        (grad,) = torch.autograd.grad((loss * upstream_for(case)).sum(), logits)
+    return {"loss": loss.detach(), "grad": grad, "logits_unchanged": True}, max(made.bytes)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_blocks_any_stride_and_no_copy(dtype, inplace):
+    case = build(2, tokens=5, vocab=9000, pad=7, split=[(0, 4097), (4097, 9007)], prior=True, label_smoothing=0.1)
+    with Ranks(2) as ranks:
+        results = ranks.run(wide, inplace, dtype)
+    assert_equals_dense(case, [result for result, _ in results], dtype)
+    for rank, (_, largest) in enumerate(results):
+        start, stop = case.bounds[rank]
+        logits_bytes = 4 * 5 * (stop - start)  # in fp32, as the gradient is for the interpreter's sake
+        assert largest < logits_bytes / 5 if inplace and dtype == torch.float32 else largest == logits_bytes
