@@ -77,7 +77,9 @@ def batch_checksum(target_T: Tensor, num_items_in_batch: int | Tensor | None) ->
         total = mixed_T.sum()
     if num_items_in_batch is None:
         return total
-    return total + torch.as_tensor(num_items_in_batch).reshape(()).to(total.device, torch.int64)
+    if isinstance(num_items_in_batch, Tensor):
+        return total + num_items_in_batch.reshape(()).to(total.device, torch.int64)
+    return total + int(num_items_in_batch)
 
 
 def meet_once(header_H: Tensor, shard: VocabShard) -> None:
@@ -104,9 +106,13 @@ def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Meeting]:
     """Send the header alone, whatever was agreed on before; calling what is returned ends the meeting.
 
     That call raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree; it reads
-    the headers on the host. Collectives: one all-gather of 72 bytes a rank, none with one rank.
+    the headers on the host. A device that is alone has nobody to wait for: it is asserted there.
+    Collectives: one all-gather of 72 bytes a rank, none with one rank.
     """
     wait = start_all_gather(header_H, shard)
+    if shard.world_size == 1 and header_H.device.type != "cpu":
+        check(wait(), shard.rank)
+        return lambda: Meeting(wait(), shard.size)
 
     def end() -> Meeting:
         headers_RH = wait()

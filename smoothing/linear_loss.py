@@ -55,7 +55,8 @@ def vocab_parallel_linear_cross_entropy(
     arguments are wrong or the ranks' differ.
     Collectives, C chunks of n tokens: one all-gather of 72 bytes; with smoothing one all-reduce of H+1 numbers; C
     all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a gradient, C
-    all-reduces of n·H numbers (in backward with `reduction="none"`). On a device two host synchronisations.
+    all-reduces of n·H numbers (in backward with `reduction="none"`). On a device two host synchronisations, to count
+    the labelled tokens and for the meeting of several ranks; none while a CUDA graph is captured on one rank.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
@@ -74,7 +75,8 @@ def vocab_parallel_linear_cross_entropy(
     grad = torch.is_grad_enabled()
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
-    rows_N = None if target.is_floating_point() else _labelled(flat_T, ignore_index)
+    masked = not target.is_floating_point() and keeps_every_row(hidden.device)
+    rows_N = None if target.is_floating_point() or masked else _labelled(flat_T, ignore_index)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     call = LossCall(
         target=flat_T if rows_N is None else flat_T[rows_N],
@@ -86,7 +88,7 @@ def vocab_parallel_linear_cross_entropy(
         batch=agreement.batch_checksum(flat_T, num_items_in_batch),
         alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
     )
-    job = _Job(call, leading, rows_N, wanted, num_items_in_batch, chunk_bytes, return_stats)
+    job = _Job(call, leading, rows_N, masked, wanted, num_items_in_batch, chunk_bytes, return_stats)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, *stats = job.run(hidden.reshape(leading.numel(), hidden.shape[-1]), weight, bias)
     return (loss, TokenStats(*stats)) if return_stats else loss
@@ -99,6 +101,7 @@ class _Job:
     call: LossCall
     leading: torch.Size
     rows_N: Tensor | None  # the labelled tokens; None for all
+    masked: bool  # tokens without a label are among them
     wanted: Wanted
     num_items_in_batch: int | Tensor | None
     chunk_bytes: int | None
@@ -114,6 +117,8 @@ class _Job:
 
     def head(self, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None) -> LinearHead:
         hidden_NH = hidden_TH if self.rows_N is None else hidden_TH[self.rows_N]
+        if self.masked:  # whatever they hold, NaN included
+            hidden_NH = hidden_NH.masked_fill(~self.call.valid_T.unsqueeze(1), 0.0)
         return LinearHead.of(self.call, hidden_NH, weight_SH, bias_S, self.chunk_bytes)
 
     def forward(self, *tensors: Tensor | None, token_weight_N: Tensor | None = None) -> "_Outcome":
@@ -122,10 +127,12 @@ class _Job:
         head = self.head(*tensors)
         gradients = None
         if token_weight_N is not None:
-            gradients = HeadGradients(head, self.call, self.wanted, token_weight_N)
+            gradients = HeadGradients(head, self.call, self.wanted, self.mask(token_weight_N))
         combined, mean_row_H, meeting = head.forward(meeting, gradients)
         options = self.call.options
         loss_N = token_loss(combined, options.label_smoothing, options.z_loss)
+        if self.masked:
+            loss_N = loss_N.masked_fill(~self.call.valid_T, 0.0)
         if options.reduction == "none":
             loss = self.scatter(loss_N, self.leading)
         else:
@@ -136,6 +143,10 @@ class _Job:
             stats = tuple(None if x is None else self.scatter(x, self.leading) for x in compact)
         sums = None if gradients is None else gradients.finish(mean_row_H)
         return _Outcome(loss, stats, combined, mean_row_H, meeting, sums)
+
+    def mask(self, token_weight_N: Tensor) -> Tensor:
+        """What tokens weigh, 0 for those without a label."""
+        return token_weight_N.where(self.call.valid_T, 0.0) if self.masked else token_weight_N
 
     def scatter(self, compact_N: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
         """Values of the labelled tokens in their places, zero elsewhere."""
@@ -148,11 +159,11 @@ class _Job:
 
     def divisor(self) -> Tensor:
         """What a scalar reduction divides the sum of losses by."""
-        ones = torch.ones((), dtype=self.call.statistics_dtype, device=self.call.target.device)
-        if self.call.options.reduction == "sum":
-            return ones
-        items = self.call.tokens if self.num_items_in_batch is None else self.num_items_in_batch
-        return torch.as_tensor(items, device=ones.device).to(ones.dtype).clamp(min=1)
+        options = {"dtype": self.call.statistics_dtype, "device": self.call.target.device}
+        items = 1 if self.call.options.reduction == "sum" else self.num_items_in_batch
+        if items is None:
+            items = self.call.valid_T.sum() if self.masked else self.call.tokens
+        return (items.to(**options) if isinstance(items, Tensor) else torch.full((), items, **options)).clamp(min=1)
 
 
 @dataclass
@@ -225,13 +236,21 @@ class _TokenLosses(torch.autograd.Function):
         upstream_T = upstream.reshape(-1).to(job.call.statistics_dtype)
         token_weight_N = upstream_T if job.rows_N is None else upstream_T[job.rows_N]
         head = job.head(*inputs)
-        gradients = HeadGradients(head, job.call, job.wanted, token_weight_N)
+        gradients = HeadGradients(head, job.call, job.wanted, job.mask(token_weight_N))
         head.backward(ctx.meeting, Combined(*combined), gradients)
         grad_hidden, grad_weight, grad_bias = gradients.finish(mean_row_H)
         if grad_hidden is not None:
             grad_hidden = job.scatter(grad_hidden, inputs[0].shape, inputs[0].dtype)
         rest = zip((grad_weight, grad_bias), inputs[1:], strict=True)
         return grad_hidden, *(None if grad is None else grad.to(given.dtype) for grad, given in rest), None
+
+
+def keeps_every_row(device: torch.device) -> bool:
+    """Whether tokens without a label go through the head and weigh nothing, so that the host need not count them.
+
+    Only while a CUDA graph is captured, since they cost what labelled ones cost.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _labelled(target_T: Tensor, ignore_index: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from ranks import Collectives, fresh_group, pool
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from smoothing import VocabShard, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from smoothing import VocabShard, linear_loss, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A product of finite numbers is never -inf in chosen columns only: these cases need the bias.
@@ -180,6 +180,31 @@ def test_every_case_equals_the_plain_head(ranks, dtype):
                 assert_equals_plain(case, results, dtype, reduce=torch.sum if how == "sum" else None)
             except AssertionError as error:
                 raise AssertionError(f"{name}, reduction={how}: {error}") from None
+
+
+def keeping_every_row(calls: list[dict]) -> list[dict]:
+    """As while a CUDA graph is captured: tokens without a label go through the head."""
+    plain, linear_loss.keeps_every_row = linear_loss.keeps_every_row, lambda device: True
+    try:
+        return many_fused(calls)
+    finally:
+        linear_loss.keeps_every_row = plain
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "none"])
+def test_tokens_without_a_label_weigh_nothing_where_they_are_kept(ranks, how):
+    cases = {name: CASES[name](ranks.size) for name in NAMES}
+    calls = [
+        {"case": case, "dtype": torch.float32, "bias": True, "reduction": how, "chunk_bytes": 600}
+        | ({"upstream": upstream_for(case)} if how == "none" else {})
+        for case in cases.values()
+    ]
+    for (name, case), *results in zip(cases.items(), *ranks.run(keeping_every_row, calls), strict=True):
+        reduce = {"sum": torch.sum, "mean": lambda x, c=case: x.sum() / c.valid.sum().clamp(min=1), "none": None}[how]
+        try:
+            assert_equals_plain(case, results, torch.float32, bias=True, reduce=reduce)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, reduction={how}: {error}") from None
 
 
 SOME = ["padded", "prior", "soft-prior-padded", "z-loss", "softcap-z-loss-prior-padded", "ignored-nan-inf"]
