@@ -1,5 +1,6 @@
 """The processes of a run: one when nobody started more, and what they must say alike."""
 
+import logging
 import os
 import socket
 
@@ -40,6 +41,16 @@ def say(text: str) -> None:
     """To the user, once."""
     if is_main():
         print(text, flush=True)
+
+
+def say_log(name: str) -> None:
+    """Say what this library logs."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        handler = logging.Handler()
+        handler.emit = lambda record: say(record.getMessage())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def leave() -> None:

@@ -35,7 +35,7 @@ from launch.model import load_model
 from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
-from launch.processes import ensure_environment, from_main, is_main, say, world_size
+from launch.processes import ensure_environment, from_main, is_main, say, say_log, world_size
 from launch.run_dir import Run, open_run
 from launch.samples import complete, shown
 from launch.sanity import check_run
@@ -48,6 +48,7 @@ from smoothing.hf import SmoothedLossCallback
 def main(argv: list[str]) -> None:
     options, training_values = parse_options(argv)
     ensure_environment()
+    say_log("smoothing")
     if options.sanity:
         sys.exit(check_run(options, training_values))
     args = training_arguments(options, training_values)

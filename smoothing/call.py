@@ -3,7 +3,6 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones.
 """
 
-import functools
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from smoothing.options import LossOptions
 from smoothing.shard import VocabShard
 from smoothing.shard_statistics import Combined, ShardStatistics, combine
 
+HEADERS_KEPT = 64
+_headers: dict[tuple[Header, torch.device], Tensor] = {}
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -166,10 +167,13 @@ class LossCall:
         return loss_T.sum() / max(items, 1)
 
 
-@functools.lru_cache(maxsize=16)
 def _on_device(header: Header, device: torch.device) -> Tensor:
     """What of a header does not change from step to step, copied to a device once; so a graph can be captured."""
-    return torch.tensor(header.encode(), dtype=torch.int64).to(device)
+    if (header, device) not in _headers:
+        if len(_headers) >= HEADERS_KEPT:
+            _headers.clear()
+        _headers[header, device] = torch.tensor(header.encode(), dtype=torch.int64).to(device)
+    return _headers[header, device]
 
 
 def refused_call(tokens: int, device: torch.device, shard: VocabShard) -> LossCall:

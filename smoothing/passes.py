@@ -3,7 +3,6 @@
 Both modules have `statistics` (one read) and `gradient` (one read, one write), with the same arguments.
 """
 
-import functools
 import logging
 import os
 from types import ModuleType
@@ -14,6 +13,7 @@ from smoothing import passes_torch
 from smoothing.call import LossCall
 
 log = logging.getLogger("smoothing")
+_told: set[str] = set()
 
 
 def passes(device: torch.device, call: LossCall) -> ModuleType:
@@ -28,11 +28,13 @@ def passes(device: torch.device, call: LossCall) -> ModuleType:
 def uses_triton(device: torch.device, call: LossCall) -> bool:
     """Whether Triton kernels run for this call: on a CUDA device, or on the CPU in Triton's interpreter.
 
-    Not for distributions as labels, and not in fp64: the kernels compute in fp32. Said once to the log `smoothing`.
+    Not for distributions as labels, and not in fp64: the kernels compute in fp32. The log `smoothing` is told, once.
     """
-    if call.soft or call.statistics_dtype != torch.float32:
-        return False
-    return (device.type == "cuda" or interpreted()) and _importable()
+    served = not call.soft and call.statistics_dtype == torch.float32
+    triton = served and (device.type == "cuda" or interpreted()) and _importable()
+    how = "torch operations" if not triton else "Triton kernels" + (", interpreted" if interpreted() else "")
+    _tell(f"passes over logits on {device.type}: {how}")
+    return triton
 
 
 def interpreted() -> bool:
@@ -40,12 +42,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def _importable() -> bool:
     try:
         from smoothing import passes_triton  # noqa: F401
     except ImportError as fault:
-        log.warning("passes over logits are torch operations: the Triton kernels cannot be imported (%s)", fault)
+        _tell(f"the Triton kernels cannot be imported: {fault}")
         return False
-    log.info("passes over logits are Triton kernels%s", ", interpreted" if interpreted() else "")
     return True
+
+
+def _tell(what: str) -> None:
+    if what not in _told:  # no functools.cache here or in `call`: torch.compile warns of it
+        _told.add(what)
+        log.info(what)
