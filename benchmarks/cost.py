@@ -7,14 +7,14 @@ Legend: N labelled tokens, V vocabulary, R ranks that share it, S = ⌈V/R⌉ ro
 from dataclasses import dataclass
 from math import ceil
 
-from smoothing.linear_head import LEAST_CHUNK_BYTES, LEAST_DEVICE_CHUNK_BYTES
+from smoothing.linear_head import default_chunk_bytes
 
 FP32 = 4
 HEADER_BYTES = 72
 STATISTICS_BYTES = 12  # a token: maximum, sum of exponentials, label's logit
-# Read and written for each element of a chunk of logits between the products, where these run in bf16: the product
-# writes 4; maximum 4, difference 8, exponential 8, sum 4; two factors 16, rounding 6; two products read 2 each.
-DEVICE_TILE_BYTES = 54
+# Read and written for each element of a chunk of logits between the products, where these run in bf16: a product
+# writes 4, the statistics' kernel reads 4, the gradient's reads 4 and writes 2.
+DEVICE_TILE_BYTES = 14
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,9 @@ class Sizes:
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens whose logits exist at a time: an eighth of the weight in fp32, shared by the buffers in use."""
-        least = LEAST_DEVICE_CHUNK_BYTES if self.device else LEAST_CHUNK_BYTES
-        budget = max(least, self.shard * self.hidden * FP32 // 8)
-        return min(self.tokens, max(1, budget // (FP32 * self.shard * self._buffers)))
+        """Tokens whose logits exist at a time: what fits the budget, shared by the buffers in use."""
+        budget = default_chunk_bytes(self.shard * self.hidden * FP32, self.device)
+        return min(self.tokens, max(1, budget // (self._tile_bytes * self.shard)))
 
     @property
     def chunks(self) -> int:
@@ -57,11 +56,15 @@ class Sizes:
     def peak_bytes(self) -> int:
         """Over the inputs: both gradients in fp32, chunks of logits, and the weight's gradient as it is returned."""
         gradients = FP32 * self.hidden * (self.shard + self.tokens)
-        factor = self.weight_bytes if self.device else 0  # the products' copy of one chunk
-        chunk = (FP32 * self._buffers + factor) * self.chunk_tokens * self.shard
+        chunk = self._tile_bytes * self.chunk_tokens * self.shard
         rounded = self.weight_bytes * self.hidden * self.shard if self.weight_bytes != FP32 else 0
         # the chunks' buffers are gone when the gradient is rounded
         return gradients + max(chunk, rounded)
+
+    @property
+    def sum_bytes(self) -> int:
+        """On a device, what each chunk reads and writes of the sum of the weight's gradient."""
+        return 2 * FP32 * self.shard * self.hidden * self.chunks if self.device else 0
 
     @property
     def messages(self) -> int:
@@ -92,18 +95,22 @@ class Sizes:
         return others * logits + 2 * others / self.ranks * gradient
 
     @property
-    def _buffers(self) -> int:
-        return 2 if self.device else 1  # where products wait for the other ranks, the next chunk's logits are made
+    def _tile_bytes(self) -> int:
+        """Of one logit of a chunk. Where a device's ranks wait for one another, the next chunk's logits are made."""
+        if not self.device:
+            return FP32
+        return FP32 * (2 if self.ranks > 1 else 1) + self.weight_bytes  # the products' copy of one chunk
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank sustains: operations, exponentials (or bytes of them) and bytes on the wire, each a second."""
+    """What a rank sustains a second: operations, logits between the products, bytes on the wire, bytes of memory."""
 
     operations: float
     tile_elements: float
     wire: float
     latency: float  # seconds a collective
+    memory: float = 1.0
 
     def seconds(self, sizes: Sizes) -> float:
         """Nothing overlapped: an upper bound for a device, what happens where ranks have no spare core."""
@@ -112,4 +119,5 @@ class Machine:
             + sizes.tile_elements / self.tile_elements
             + sizes.wire_bytes / self.wire
             + sizes.messages * self.latency
+            + sizes.sum_bytes / self.memory
         )

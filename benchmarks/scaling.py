@@ -67,14 +67,8 @@ def compared(args, seen: dict[int, dict]) -> list[dict]:
         rows.append(
             {
                 "ranks": ranks,
-                "gathered_bytes": (
-                    sizes.gathered_bytes,
-                    sum(n for kind, n in found["collectives"] if kind == "gather"),
-                ),
-                "reduced_bytes": (
-                    sizes.reduced_bytes,
-                    sum(n for kind, n in found["collectives"] if kind == "reduce"),
-                ),
+                "gathered_bytes": (sizes.gathered_bytes, given(found, "gather")),
+                "reduced_bytes": (sizes.reduced_bytes, given(found, "reduce")),
                 "messages": (sizes.messages, len(found["collectives"])),
                 "peak_bytes": (sizes.peak_bytes, found["peak_bytes"]),
                 "seconds": (machine.seconds(sizes), statistics.median(found["seconds"]["fused"]["all"])),
@@ -84,6 +78,7 @@ def compared(args, seen: dict[int, dict]) -> list[dict]:
 
 
 def given(found: dict, kind: str) -> int:
+    """Bytes that a rank gave to collectives of this kind."""
     return sum(sent for operation, sent in found["collectives"] if operation == kind)
 
 
@@ -123,7 +118,8 @@ def plan() -> str:
             sizes = Sizes(PLAN_TOKENS, vocab, hidden, ranks, weight_bytes=2, device=True)
             wire = ASSUMED["wire" if ranks <= 8 else "wire_across_nodes"]
             tile = ASSUMED["memory"] / DEVICE_TILE_BYTES
-            seconds = Machine(ASSUMED["operations"], tile, wire, ASSUMED["latency"]).seconds(sizes)
+            machine = Machine(ASSUMED["operations"], tile, wire, ASSUMED["latency"], ASSUMED["memory"])
+            seconds = machine.seconds(sizes)
             share = sizes.operations / ASSUMED["operations"] / seconds
             lines.append(
                 f"| {ranks} | {sizes.operations / PLAN_TOKENS / 1e9:.3f} | {sizes.peak_bytes / 2**20:,.0f} "

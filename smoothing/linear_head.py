@@ -21,10 +21,17 @@ from smoothing.linear_statistics import consume
 from smoothing.passes import passes, uses_triton
 from smoothing.shard_statistics import Combined, ShardStatistics
 
-# A chunk's logits take an eighth of what the largest shard's weight takes in fp32, beside a gradient of that size;
-# and not less than this, below which the products lose speed.
-LEAST_CHUNK_BYTES = 16 << 20
-LEAST_DEVICE_CHUNK_BYTES = 256 << 20
+# A chunk's logits take this part of what the widest shard's weight takes in fp32, beside a gradient of that size; and
+# not less than so many bytes, below which the products lose speed. On a device more: each chunk reads and writes the
+# sum of the weight's gradient, which takes as long as the products of some 300 tokens.
+CHUNK_OF_WEIGHT, DEVICE_CHUNK_OF_WEIGHT = 1 / 8, 1 / 2
+LEAST_CHUNK_BYTES, LEAST_DEVICE_CHUNK_BYTES = 16 << 20, 256 << 20
+
+
+def default_chunk_bytes(weight_bytes: int, device: bool) -> int:
+    """What a chunk's logits may take beside a weight of so many bytes in fp32."""
+    share = DEVICE_CHUNK_OF_WEIGHT if device else CHUNK_OF_WEIGHT
+    return max(LEAST_DEVICE_CHUNK_BYTES if device else LEAST_CHUNK_BYTES, int(weight_bytes * share))
 
 
 @dataclass
@@ -108,8 +115,8 @@ class LinearHead:
         device = self.hidden_NH.device
         budget = self.chunk_bytes
         if budget is None:
-            least = LEAST_CHUNK_BYTES if device.type == "cpu" else LEAST_DEVICE_CHUNK_BYTES
-            budget = max(least, widest * self.weight_KH.shape[1] * dtype.itemsize // 8)
+            weight_bytes = widest * self.weight_KH.shape[1] * dtype.itemsize
+            budget = default_chunk_bytes(weight_bytes, device.type != "cpu")
         tokens = self.call.tokens
         step = min(tokens, max(1, budget // (element * max(1, widest))))
         slices = [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
@@ -142,7 +149,8 @@ class LinearHead:
         mean_row_H1 = self.mean_row_part() if smoothed else None
         meeting = end_meeting()  # before any other collective: ranks that do not agree get no further
         wait_for_mean_row = start_all_reduce(mean_row_H1, call.shard) if smoothed else None
-        lookahead = 0 if gradients is not None and self.factored else 1
+        alone = call.shard.world_size == 1
+        lookahead = 0 if alone or (gradients is not None and self.factored) else 1
         slices, buffers = self.chunks(meeting.widest, 1 + lookahead if gradients is not None else 1)
         under_way, parts = deque(), []
         for turn, tokens in enumerate(slices):
