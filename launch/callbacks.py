@@ -37,15 +37,6 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class LogBeforeSaving(TrainerCallback):
-    """Every checkpoint is also a line of the log, so that none is cut through the middle of what a line sums up."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:
-            control.should_log = True
-        return control
-
-
 class MetricsFile(TrainerCallback):
     """Appends one JSON object to `metrics.jsonl` for every logged step and every evaluation."""
 

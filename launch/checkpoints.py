@@ -21,7 +21,8 @@ from launch.processes import from_main, is_main, on_all_ranks, rank, say, world_
 
 MANIFEST = "manifest.json"
 PARTIAL = "checkpoint.partial"
-DAMAGED = "damaged-"
+DAMAGED = "damaged-"  # kept for the user
+REMOVED = "removed-"  # on its way out
 
 
 def step_of(folder: Path) -> int | None:
@@ -70,10 +71,13 @@ def seal(folder: Path, facts: dict) -> None:
 
 def publish(sealed: Path, final: Path) -> None:
     """Rename a sealed checkpoint to its place, and bring the renaming to disk."""
-    if final.exists():
-        shutil.rmtree(final)  # this step's own, from before the run was resumed at an earlier one
+    old = final.with_name(f"{REMOVED}{final.name}")
+    if final.exists():  # this step's own, from before the run was resumed at an earlier one
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     sealed.rename(final)
     _flush_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
@@ -83,8 +87,9 @@ def rotate(run: Path, keep: int | None, best: str | None) -> None:
     for folder in checkpoints(run)[max(1, keep) :]:
         if best is None or folder.resolve() != Path(best).resolve():
             # renamed first: half of a removed checkpoint must not look like one
-            doomed = folder.rename(run / f"{DAMAGED}{folder.name}")
+            doomed = run / f"{REMOVED}{folder.name}"
             shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(folder.rename(doomed), ignore_errors=True)
 
 
 def last_whole(run: Path) -> Path | None:
@@ -110,10 +115,15 @@ def damage(folder: Path) -> str | None:
 
 
 @contextmanager
-def refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
-    """Say in a sentence that a file of this checkpoint holds more than weights, which torch has refused to read."""
+def reading(checkpoint: Path | None) -> Iterator[None]:
+    """Say in a sentence why this checkpoint was not read: it is another model's, or holds more than weights."""
     try:
         yield
+    except RuntimeError as fault:
+        if "loading state_dict" not in str(fault):
+            raise
+        first = next((line.strip() for line in str(fault).splitlines()[1:] if line.strip()), "")
+        raise LocalError(f"{checkpoint} is not of this run's model: {first}") from None
     except UnpicklingError as fault:
         named = re.search(r"GLOBAL (\S+)", str(fault))
         raise LocalError(
@@ -174,13 +184,25 @@ def _write_manifest(folder: Path, manifest: dict) -> None:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        _flush_directory(path)
+    _flush_directories(folder)
 
 
 def _digest(manifest: dict) -> str:
     content = {key: manifest[key] for key in ("facts", "files")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def flush(folder: Path) -> None:
+    """Bring a directory and all that it holds to disk."""
+    for name in _files(folder):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    _flush_directories(folder)
+
+
+def _flush_directories(folder: Path) -> None:
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _flush_directory(path)
 
 
 def _flush_directory(path: Path) -> None:

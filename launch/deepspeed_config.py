@@ -59,7 +59,7 @@ def _read(path: str, options: SftOptions) -> dict:
         raise UserError(f"--deepspeed {path} already says the ZeRO stage; leave out --zero and --offload")
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise UserError(f"--deepspeed {path} is not a readable JSON file: {fault}") from None
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")

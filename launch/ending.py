@@ -6,9 +6,12 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from safetensors import SafetensorError
+
 from launch.errors import LocalError, UserError
 from launch.processes import is_main, leave, rank
 from launch.stopping import Stopped
+from launch.text import printable
 
 # What gloo, NCCL and the store say to the ranks that outlive another.
 PEER_LOST = (
@@ -40,6 +43,8 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
         _tell(f"error: {fault}", everywhere=False)
     except LocalError as fault:
         _tell(f"error: rank {rank()}: {fault}", everywhere=True)
+    except (OSError, SafetensorError) as fault:
+        _tell(f"error: rank {rank()}: a file could not be read or written: {fault}", everywhere=True)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as fault:
@@ -54,4 +59,4 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
 def _tell(text: str, everywhere: bool) -> None:
     if everywhere or is_main():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)

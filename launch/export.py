@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from launch.checkpoints import flush
 from launch.processes import from_main
 
 MODEL = "model"
@@ -29,6 +30,7 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: str
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=once)
         tokenizer.save_pretrained(partial)
+        flush(partial)
         partial.rename(final)
 
     from_main(write)

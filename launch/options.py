@@ -18,6 +18,7 @@ REFUSED = {
         "it sees, which under tensor parallelism are one rank's share of the vocabulary (an index error, or a wrong "
         "loss in silence)"
     ),
+    "save_only_model": "no run could go on from such checkpoints; the model is exported at the end",
 }
 
 
@@ -182,13 +183,25 @@ def _recipe_path(flags: dict) -> Path | None:
     return None if flags.get("model") or flags.get("model_config") else DEFAULT_RECIPE
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """`yaml.safe_load`, but a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: {key!r} stands there a second time")
+        return super().construct_mapping(node, deep)
+
+
 def _recipe_argv(path: Path) -> list[str]:
     """A recipe's keys and values as flags, so that they are held to the same types."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader) or {}
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}; recipes/ holds the ones that come with this project") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
         raise UserError(f"{path} is not a readable YAML file: {fault}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {type(recipe).__name__}")
@@ -198,19 +211,25 @@ def _recipe_argv(path: Path) -> list[str]:
             raise UserError(f"{path}: {key!r} cannot stand in a recipe")
         if value is None:
             continue
-        argv.append(f"--{key}")
-        values = value if isinstance(value, list) else [value]
-        argv += [
-            json.dumps(v) if isinstance(v, dict) else str(v).lower() if isinstance(v, bool) else str(v)
-            for v in values
-        ]
+        try:
+            words = [_word(v) for v in (value if isinstance(value, list) else [value])]
+        except (TypeError, ValueError, RecursionError) as fault:
+            raise UserError(f"{path}: {key} holds what no flag can: {fault}") from None
+        argv += [f"--{key}", *words]
     return argv
+
+
+def _word(value) -> str:
+    """A recipe's value as it would stand on the command line."""
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _json_object(text: str, flag: str) -> dict:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as fault:
+    except (ValueError, RecursionError) as fault:
         raise UserError(f"{flag} is not JSON: {fault}") from None
     if not isinstance(value, dict):
         raise UserError(f"{flag} must be a JSON object, got {type(value).__name__}")

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from launch.errors import UserError
+from launch.text import printable
 
 
 def ensure_environment() -> None:
@@ -40,7 +41,7 @@ def is_main() -> bool:
 def say(text: str) -> None:
     """To the user, once."""
     if is_main():
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def say_log(name: str) -> None:

@@ -1,10 +1,12 @@
 """The directory of a run: made anew, gone on with by the same command, never overwritten."""
 
+import fcntl
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -13,6 +15,7 @@ from launch.errors import UserError
 from launch.export import MODEL
 from launch.processes import from_main, say
 
+_locks: dict[Path, IO] = {}
 RUNS = Path("runs")
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -37,12 +40,14 @@ class Run:
     """Where a run writes, and the checkpoint that it goes on from, if any.
 
     `converted`: the checkpoint is a copy in DeepSpeed's universal format, since it was written under another layout.
+    `evaluation_owed`: the evaluation that was due at its step was left out.
     """
 
     path: Path
     checkpoint: Path | None = None
     converted: bool = False
     finished: bool = False
+    evaluation_owed: bool = False
 
 
 def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: dict) -> Run:
@@ -53,26 +58,34 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
     else, another recipe, or a checkpoint that is not whole, or one of a run that these `facts` do not go on with.
     """
     path, known = from_main(lambda: _claim(wanted, recipe))
+    from_main(lambda: _lock(path))
     if from_main(lambda: (path / MODEL).exists()):
         return Run(path, finished=True)
     last = checkpoints.last_whole(path) if known else None
     if last is None and checkpoint is not None:
         last = _given(Path(checkpoint))
-    changes = [] if last is None else from_main(lambda: _check_facts(last, facts))
+    before = {} if last is None else from_main(lambda: checkpoints.facts_of(last))
+    changes = [] if last is None else from_main(lambda: _check_facts(last, before, facts))
+    owed = before.get("evaluation_owed", False)
     from_main(lambda: _settle(path, recipe, last))
     if known:
         say(f"going on from {last}" if last else f"{path} holds no whole checkpoint yet: starting from the beginning")
     if not changes:
-        return Run(path, last)
+        return Run(path, last, evaluation_owed=owed)
     say(f"it was written under another layout and is converted: {', '.join(changes)}")
-    return Run(path, from_main(lambda: universal.convert(last, path)), converted=True)
+    converted = from_main(lambda: universal.convert(last, path))
+    return Run(path, converted, converted=True, evaluation_owed=owed)
 
 
 def _claim(wanted: str | None, recipe: dict) -> tuple[Path, bool]:
     """The directory, and whether it is this recipe's already."""
-    if wanted is None:
-        return _next_numbered(), False
-    path = Path(wanted)
+    try:
+        return (_next_numbered(), False) if wanted is None else _claim_named(Path(wanted), recipe)
+    except (OSError, ValueError) as fault:
+        raise UserError(f"--output_dir {str(wanted or RUNS)[:200]!r} cannot be written to: {fault}") from None
+
+
+def _claim_named(path: Path, recipe: dict) -> tuple[Path, bool]:
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; name a directory")
     if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
@@ -82,6 +95,23 @@ def _claim(wanted: str | None, recipe: dict) -> tuple[Path, bool]:
         return path, True
     path.mkdir(parents=True, exist_ok=True)
     return path, False
+
+
+def _lock(path: Path) -> None:
+    """Keep every other start out of this directory until this process ends."""
+    if path.resolve() in _locks:
+        return
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"--output_dir {path} is in use by another run; wait for its end, or name another directory"
+        ) from None
+    except OSError:  # this file system knows no locks
+        pass
+    _locks[path.resolve()] = file
 
 
 def _next_numbered() -> Path:
@@ -121,9 +151,13 @@ def _given(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _check_facts(checkpoint: Path, facts: dict) -> list[str]:
+def _check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:
     """What of the layout has changed. Raises `UserError` if this run does not go on where the checkpoint stands."""
-    before = checkpoints.facts_of(checkpoint)
+    if missing := facts.keys() - before.keys():
+        raise UserError(
+            f"{checkpoint} does not say its {', '.join(sorted(missing))}: it was written by another version of this "
+            "project; go on with that one, or name another --output_dir"
+        )
     if before["data"] != facts["data"]:
         raise UserError(
             f"the rows to train on are not those that {checkpoint} was made with (--data has changed, or how it is "
@@ -143,6 +177,8 @@ def _settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
     shutil.rmtree(path / checkpoints.PARTIAL, ignore_errors=True)
     shutil.rmtree(path / universal.FOLDER, ignore_errors=True)
     shutil.rmtree(path / f"{MODEL}.partial", ignore_errors=True)
+    for leftover in path.glob(f"{checkpoints.REMOVED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     _replace(path / RECIPE, yaml.safe_dump(recipe, sort_keys=True))
     if (path / METRICS).exists():
         step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)

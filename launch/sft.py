@@ -23,14 +23,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch.callbacks import LogBeforeSaving, MetricsFile, Progress, ResolvedDeepSpeed
-from launch.checkpoints import refusing_pickles
+from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
+from launch.checkpoints import reading
 from launch.data.blanks import fill_to_multiple
 from launch.data.collate import PadToLongest
 from launch.deepspeed_config import deepspeed_config
 from launch.ending import run_to_its_end
 from launch.errors import UserError
 from launch.export import MODEL, export
+from launch.milestones import Milestones
 from launch.model import load_model
 from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
@@ -72,9 +73,10 @@ def main(argv: list[str]) -> None:
 def train(trainer: SftTrainer, run: Run) -> None:
     """Train to the end. Raises `Stopped` after a signal, with a checkpoint written."""
     with StopOnSignal() as stop:
-        # first of all, so that the others see the checkpoint that it asks for
-        trainer.callback_handler.callbacks.insert(0, stop)
-        with refusing_pickles(run.checkpoint):
+        trainer.add_callback(stop)
+        trainer.add_callback(milestones := Milestones(stop))
+        trainer.milestones = milestones
+        with reading(run.checkpoint):
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if run.converted:
         from_main(lambda: shutil.rmtree(run.checkpoint))
@@ -129,7 +131,7 @@ def make_trainer(
     """The model under the smoothed loss in a Trainer; the loss goes in once DeepSpeed has sharded the model."""
     args.output_dir = str(run.path)
     if run.checkpoint is not None:
-        args.eval_on_start = False
+        args.eval_on_start = run.evaluation_owed
     if run.converted:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     data_parallel = args.world_size // options.tp
@@ -155,7 +157,6 @@ def make_trainer(
     trainer.add_callback(Progress())
     trainer.add_callback(MetricsFile())
     trainer.add_callback(ResolvedDeepSpeed())
-    trainer.add_callback(LogBeforeSaving())
     return trainer
 
 

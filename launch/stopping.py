@@ -1,4 +1,4 @@
-"""SIGTERM or Ctrl-C: finish the step, write a checkpoint, stop; all ranks together."""
+"""SIGTERM or Ctrl-C: noted, and agreed on by all ranks after the step under way (`milestones` does the rest)."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ class Stopped(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """Turns the first signal on any rank into a checkpoint and an end on all of them, after the step under way.
+    """`signal`: the first that any rank has seen, the same on all of them after each step; 0 for none.
 
     Listens while entered. A second Ctrl-C ends the process at once. The deepspeed launcher passes a signal on to one
     rank after another and gives each half a minute, so a step and its checkpoint have that long. Collectives: one
@@ -53,9 +53,6 @@ class StopOnSignal(TrainerCallback):
         self.signal = self._agreed()
         if self.signal:
             say(f"stopping on {signal.Signals(self.signal).name} after step {state.global_step}: saving a checkpoint")
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-        return control
 
     def _agreed(self) -> int:
         if self._group is None:

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from launch import checkpoints
+from launch.milestones import Milestones
 from launch.nonfinite import NonFiniteSteps, skip_without_zero
 from launch.processes import is_main
 from launch.watchdog import Watchdog
@@ -78,6 +79,7 @@ class SftTrainer(Trainer):
     def __init__(self, *args, nonfinite: NonFiniteSteps, watchdog: Watchdog, facts: dict, **kwargs):
         super().__init__(*args, **kwargs)
         self.nonfinite, self.watchdog, self.facts = nonfinite, watchdog, facts
+        self.milestones: Milestones | None = None
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
         self._where: list[str] = []
@@ -115,7 +117,8 @@ class SftTrainer(Trainer):
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         self.watchdog.beat(f"saving {name}", storage=True)
         try:
-            with checkpoints.written_aside(run, name, self.facts) as self._aside:
+            owed = self.milestones is not None and self.milestones.evaluation_owed
+            with checkpoints.written_aside(run, name, self.facts | {"evaluation_owed": owed}) as self._aside:
                 super()._save_checkpoint(model, trial)
                 self._point_to_best(self._aside / name, run)
         finally:
@@ -151,7 +154,9 @@ class SftTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         start = time.monotonic()
         self.eval_meter.sums = None
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        here = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(here):  # evaluating or not changes nothing of the training
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         nll, accuracy, tokens = self.eval_meter.read(self.get_tp_size(), self.args.device)
         # Trainer's own eval_loss is a mean of batch means, which depends on how rows fall into batches
         output.metrics.pop(f"{metric_key_prefix}_loss", None)

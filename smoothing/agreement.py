@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from smoothing.collectives import all_gather, start_all_gather
-from smoothing.options import bits_float, float_bits
 from smoothing.shard import VocabShard
 
 HEADER_FIELDS = 9
 ALIKE = slice(3, 8)  # of the fields: what all ranks must say alike
-BATCH, PRIOR_MASS = 7, 8
+FLOATS = 7  # the first of them
+BATCH, PRIOR_MASS = 6, 8
 MIXERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of splitmix64
 PRIOR_MASS_TOLERANCE = 1e-4
 
@@ -37,29 +37,23 @@ class Header:
     stop: int
     vocab_size: int
     tokens: int
-    label_smoothing: float
     digest: int
     batch: int
+    label_smoothing: float
     prior_mass: float
 
-    def encode(self) -> list[int]:
-        return [
-            int(self.refused),
-            self.start,
-            self.stop,
-            self.vocab_size,
-            self.tokens,
-            float_bits(self.label_smoothing),
-            self.digest,
-            self.batch,
-            float_bits(self.prior_mass),
-        ]
+    def encode(self) -> Tensor:
+        """`[9]` int64; the floats as their bits, so that they can travel among integers."""
+        integers = (int(self.refused), self.start, self.stop, self.vocab_size, self.tokens, self.digest, self.batch)
+        floats = torch.tensor([self.label_smoothing, self.prior_mass], dtype=torch.float64)
+        return torch.cat([torch.tensor(integers, dtype=torch.int64), floats.view(torch.int64)])
 
     @classmethod
-    def decode(cls, fields: list[int]) -> "Header":
-        refused, start, stop, vocab_size, tokens, smoothing_bits, digest, batch, mass_bits = fields
-        smoothing, mass = bits_float(smoothing_bits), bits_float(mass_bits)
-        return cls(bool(refused), start, stop, vocab_size, tokens, smoothing, digest, batch, mass)
+    def decode_all(cls, headers_RH: Tensor) -> list["Header"]:
+        """All ranks' headers, on the host; on a device this waits for them."""
+        headers_RH = headers_RH.cpu()
+        integers, floats = headers_RH[:, :FLOATS].tolist(), headers_RH[:, FLOATS:].contiguous().view(torch.float64)
+        return [cls(bool(i[0]), *i[1:], *f) for i, f in zip(integers, floats.tolist(), strict=True)]
 
 
 def batch_checksum(target_T: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
@@ -91,7 +85,7 @@ def meet_once(header_H: Tensor, shard: VocabShard) -> None:
     """
     if shard.world_size == 1 or shard.met:
         return
-    raise_disagreement(decoded(all_gather(header_H, shard)), shard.rank)
+    raise_disagreement(Header.decode_all(all_gather(header_H, shard)), shard.rank)
     shard.note_met()
 
 
@@ -116,7 +110,7 @@ def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Meeting]:
 
     def end() -> Meeting:
         headers_RH = wait()
-        headers = decoded(headers_RH)
+        headers = Header.decode_all(headers_RH)
         raise_disagreement(headers, shard.rank)
         return Meeting(headers_RH, max(header.stop - header.start for header in headers))
 
@@ -140,17 +134,12 @@ def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Ten
 def check(headers_RH: Tensor, rank: int) -> None:
     """Raise if the ranks do not agree: `ValueError` on the CPU, a device-side assertion on a device."""
     if headers_RH.device.type == "cpu":
-        raise_disagreement(decoded(headers_RH), rank)
+        raise_disagreement(Header.decode_all(headers_RH), rank)
     else:
         alike = (headers_RH[:, ALIKE] == headers_RH[rank, ALIKE]).all()
         mass = headers_RH[:, PRIOR_MASS].contiguous().view(torch.float64).sum()
         whole = (mass - 1).abs() <= PRIOR_MASS_TOLERANCE
         torch._assert_async((headers_RH[:, 0] == 0).all() & alike & whole)
-
-
-def decoded(headers_RH: Tensor) -> list[Header]:
-    """Headers on the host; on a device this waits for them."""
-    return [Header.decode(fields) for fields in headers_RH.tolist()]
 
 
 def raise_disagreement(headers: list[Header], rank: int) -> None:

@@ -89,9 +89,9 @@ class LossCall:
             stop=self.shard.stop,
             vocab_size=self.shard.vocab_size,
             tokens=self.tokens,
-            label_smoothing=self.options.label_smoothing,
             digest=self.options.digest(*extra),
             batch=0,
+            label_smoothing=self.options.label_smoothing,
             prior_mass=uniform_mass,
         )
         header_H = _on_device(header, self.target.device).clone()
@@ -172,7 +172,7 @@ def _on_device(header: Header, device: torch.device) -> Tensor:
     if (header, device) not in _headers:
         if len(_headers) >= HEADERS_KEPT:
             _headers.clear()
-        _headers[header, device] = torch.tensor(header.encode(), dtype=torch.int64).to(device)
+        _headers[header, device] = header.encode().to(device)
     return _headers[header, device]
 
 

@@ -1,7 +1,6 @@
 """What a smoothed cross entropy is asked to be: the numbers that all ranks must have alike."""
 
 import math
-import struct
 import zlib
 from dataclasses import dataclass
 
@@ -43,16 +42,6 @@ class LossOptions:
     def digest(self, *more) -> int:
         """A number that differs (practically always) where any option, or any of `more`, differs."""
         return zlib.crc32(repr((self, more)).encode())
-
-
-def float_bits(value: float) -> int:
-    """The 64 bits of a double as a signed integer, so that it can travel among integers."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
-def bits_float(bits: int) -> float:
-    """The inverse of `float_bits`."""
-    return struct.unpack("<d", struct.pack("<q", bits))[0]
 
 
 def _is_number(value) -> bool:

@@ -1,9 +1,11 @@
 """What the tests that start real runs share: a model of a few thousand weights, its data, and the launcher."""
 
+import contextlib
 import json
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,16 @@ VOCAB = 403  # odd: two ranks hold 202 and 201 columns
 
 def launcher(ranks: int) -> list[str]:
     """The deepspeed launcher for so many ranks of this machine; a script and its arguments follow."""
-    port = random.randint(20000, 40000)
-    return [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={port}"]
+    return [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on, below those that connections are given."""
+    while True:
+        port = random.randint(10000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def environment() -> dict[str, str]:

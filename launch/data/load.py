@@ -15,6 +15,7 @@ from launch.data.readers import read_records
 from launch.data.records import DataError, DropReport, Record, Reject
 from launch.data.rows import IGNORED
 from launch.data.tokenization import train_tokenizer
+from launch.text import printable
 
 SMALLEST_SPLIT = 20
 COLUMNS = datasets.Features(
@@ -225,5 +226,5 @@ def _encode_split(
             report.truncated.append(example.where)
         columns["input_ids"].append(row["input_ids"])
         columns["labels"].append(row["labels"])
-        columns["where"].append(example.where)
+        columns["where"].append(printable(example.where))
     return datasets.Dataset.from_dict(columns, features=COLUMNS)

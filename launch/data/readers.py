@@ -118,7 +118,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Record(fields, f"{path}:{number}")
-    except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, OSError) as error:
+    except (pyarrow.ArrowException, ArithmeticError, UnicodeDecodeError, ValueError, OSError) as error:
         raise DataError(f"{path} was expected to be Parquet, but cannot be read: {error}") from error
 
 
