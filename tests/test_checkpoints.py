@@ -143,3 +143,14 @@ def test_rotation_keeps_the_last(run, keep, left):
 def test_rotation_keeps_the_best(run):
     checkpoints.rotate(run, 1, best=str(run / "checkpoint-9"))
     assert {checkpoints.step_of(folder) for folder in checkpoints.checkpoints(run)} == {9, 100}
+
+
+def test_rotation_passes_a_damaged_one_that_was_kept(run):
+    flip(run / "checkpoint-100/state.json", 0)
+    assert checkpoints.last_whole(run) == run / "checkpoint-10"
+    for step in (100, 110, 120):
+        write(run, step)
+        checkpoints.rotate(run, 2, best=None)
+    assert {checkpoints.step_of(folder) for folder in checkpoints.checkpoints(run)} == {110, 120}
+    assert [path.name for path in run.glob("damaged-*")] == ["damaged-checkpoint-100"]
+    assert not list(run.glob("removed-*"))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +12,7 @@ from launch.data.load import encode_examples, load_sft_data, read_examples
 from launch.data.readers import read_records
 from launch.data.records import DataError, DropReport
 from launch.data.tokenization import train_tokenizer
+from launch.processes import say
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -252,3 +254,30 @@ def test_hub_rows_become_records(monkeypatch):
     (record,) = read_records("someone/something:test", DropReport())
     assert record.fields == {"prompt": "a", "completion": "b"}
     assert record.where == "someone/something:test:1"
+
+
+def test_half_a_character_can_be_shown(tmp_path, tokenizer, capsysbinary):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b'{"\\ud800": 1}\n')
+    data = load_sft_data(str(path), tokenizer=tokenizer)
+    say(data.report.summary())
+    assert rb"\ud800" in capsysbinary.readouterr().out
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path, tokenizer):
+    path = os.fsencode(tmp_path) + b"/bad\xff.jsonl"
+    with open(path, "wb") as file:
+        file.write(GOOD * 2)
+    data = load_sft_data(os.fsdecode(path), tokenizer=tokenizer)
+    assert data.train["where"][0].endswith(r"bad\udcff.jsonl:1")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.date32(), pyarrow.timestamp("ms"), pyarrow.duration("s")], ids=str)
+def test_parquet_with_a_time_past_all_calendars(tmp_path, tokenizer, kind):
+    path = tmp_path / "a.parquet"
+    days = kind == pyarrow.date32()
+    wild = pyarrow.array([2**31 - 1 if days else 2**62], pyarrow.int32() if days else pyarrow.int64()).view(kind)
+    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": wild})
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_sft_data(str(path), tokenizer=tokenizer)

@@ -1,5 +1,6 @@
 """Flags over a recipe over defaults; every mistake is a sentence that names the key."""
 
+import datetime
 import json
 from dataclasses import asdict
 
@@ -69,6 +70,11 @@ def test_every_shipped_recipe_parses():
         ({"smothing": 0.1}, ("unknown key 'smothing'", "'smoothing'")),
         ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
         ({"help": True}, ("unknown key 'help'",)),
+        ({"save_only_model": True}, ("save_only_model", "go on")),
+        (
+            {"model_config": {"model_type": "llama", "when": datetime.date(2026, 1, 1)}, "model": None},
+            ("model_config",),
+        ),
         ({"smoothing": "much"}, ("smoothing", "much")),
         ({"max_steps": "many"}, ("max_steps", "many")),
         ({"smoothing": 1.5}, ("smoothing", "[0, 1]", "1.5")),
@@ -87,6 +93,39 @@ def test_mistakes_in_a_recipe(recipe, values, words):
         parse_options(["--recipe", recipe(**{"model": "somewhere"} | values)])
     for word in words:
         assert word in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "seed: 2024-13-45",
+        "seed: !!int abc",
+        "seed: " + "9" * 5000,
+        "[" * 20000,
+        "model_config: &a {x: *a}",
+        "model_config: {a: !!binary aGk=}",
+        "learning_rate: 0.1\nlearning_rate: 0.2",
+        "model_config: {a: 1, a: 2}",
+        "seed: !!python/object/apply:os.getcwd []",
+        "{[1]: 2}",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_file_that_is_no_recipe(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        parse_options(["--recipe", str(path), "--model", "somewhere"])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"], ids=["deep", "long"])
+def test_json_that_no_parser_reads(tmp_path, text):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="not a readable JSON"):
+        deepspeed_config(SftOptions(model="somewhere"), str(path), 1)
+    with pytest.raises(UserError, match="is not JSON"):
+        parse_options(["--model_config", text])
 
 
 @pytest.mark.parametrize(

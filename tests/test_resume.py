@@ -39,7 +39,7 @@ def name(layout) -> str:
     return "ranks{}-tp{}-accumulate{}-zero{}".format(*layout)
 
 
-def command(folder: Path, layout, output: str) -> list[str]:
+def command(folder: Path, layout, output: str, **more) -> list[str]:
     ranks, tp, accumulation, zero = layout
     values = COMMON | {
         "model": folder / "model-tied",
@@ -51,7 +51,7 @@ def command(folder: Path, layout, output: str) -> list[str]:
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": 8 // accumulation // (ranks // tp),
     }
-    return flags(values)
+    return flags(values | more)
 
 
 def interrupt(whole: Path, torn: Path) -> None:
@@ -90,12 +90,55 @@ def runs(tmp_path_factory) -> Path:
 def test_same_weights_and_metrics(runs, layout):
     whole, torn = runs / name(layout), runs / f"{name(layout)}-torn"
     assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
-    before, after = (
-        [{k: v for k, v in row.items() if k not in TIMES} for row in metrics(run)] for run in (whole, torn)
-    )
-    assert after == before
+    assert untimed(torn) == untimed(whole)
     assert (whole / "samples.jsonl").read_text() == (torn / "samples.jsonl").read_text()
     assert not list(torn.glob("*.partial")) and not list(torn.glob("damaged-*"))
+
+
+BY_EPOCH = {
+    "evaluated": {"eval_strategy": "epoch", "save_steps": 5, "logging_steps": 3, "max_steps": 10},
+    "saved": {"save_strategy": "epoch", "logging_steps": 3, "max_steps": 10},
+}
+
+
+def test_what_happens_at_the_end_of_an_epoch_is_not_lost(runs):
+    """An epoch has 5 steps; the run is interrupted after the checkpoint of the fifth, and after the last."""
+    whole = [command(runs, ALONE, f"by-epoch-{how}", **options) for how, options in BY_EPOCH.items()]
+    launch_many(runs, 1, whole)
+    todo = []
+    for how, options in BY_EPOCH.items():
+        for last in (5, 10):
+            torn = runs / f"by-epoch-{how}-{last}"
+            shutil.copytree(runs / f"by-epoch-{how}", torn)
+            shutil.rmtree(torn / "model")
+            if last == 5:
+                shutil.rmtree(torn / "checkpoint-10")
+            todo.append(command(runs, ALONE, torn.name, **options))
+    launch_many(runs, 1, todo)
+    for how in BY_EPOCH:
+        whole = runs / f"by-epoch-{how}"
+        evaluated = {row["step"] for row in metrics(whole) if "eval_nll" in row}
+        assert evaluated >= ({5, 10} if how == "evaluated" else {4, 8})
+        for last in (5, 10):
+            torn = runs / f"by-epoch-{how}-{last}"
+            assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
+            assert untimed(torn) == untimed(whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused(runs):
+    (runs / "other").mkdir()
+    shutil.copy(runs / "train.jsonl", runs / "other")
+    other = write_model(runs / "other", tied=True, hidden_size=32)
+    given = {"model": other, "resume_from_checkpoint": runs / name(ALONE) / "checkpoint-3"}
+    said = launch_many(runs, 1, [command(runs, ALONE, "another-model", **given)], code=1)
+    assert "is not of this run's model" in said and "size mismatch" in said and "Traceback" not in said
+
+
+def test_a_full_disk_while_exporting(runs):
+    given = {"save_strategy": "no", "max_steps": 1}
+    said = launch_many(runs, 1, [command(runs, ALONE, "export-full", **given)], code=1, file_bytes=200_000)
+    assert "could not be read or written" in said and "Traceback" not in said
+    assert not (runs / "export-full" / "model").exists()
 
 
 def test_it_learned_after_the_checkpoint(runs):

@@ -1,6 +1,8 @@
 """Which directory a run gets, and what it refuses to go on with."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -8,6 +10,7 @@ import yaml
 from launch import checkpoints
 from launch.errors import UserError
 from launch.run_dir import open_run
+from tests.small_run import ROOT
 
 RECIPE = {"learning_rate": 0.01, "data": "train.jsonl", "logging_steps": 1, "max_steps": 8}
 FACTS = {"tp": 1, "data_parallel": 2, "zero": 1, "rows_a_step": 8, "data": "abc"}
@@ -53,11 +56,11 @@ def test_without_a_checkpoint_it_starts_over(run):
 
 
 def test_what_a_kill_left_is_removed(run):
-    for name in ("checkpoint.partial", "model.partial"):
+    for name in ("checkpoint.partial", "model.partial", "removed-checkpoint-2"):
         (run / name).mkdir()
         (run / name / "torn").write_text("")
     open_run(str(run), RECIPE, None, FACTS)
-    assert not list(run.glob("*.partial"))
+    assert not list(run.glob("*.partial")) and not list(run.glob("removed-*"))
 
 
 def test_a_kill_before_the_recipe_was_written_leaves_nothing_in_the_way(tmp_path):
@@ -128,3 +131,35 @@ def test_an_explicit_checkpoint(run, tmp_path):
     (run / "checkpoint-4/trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not whole: trainer_state\.json has 2 bytes"):
         open_run(str(tmp_path / "fourth"), RECIPE, str(run / "checkpoint-4"), FACTS)
+
+
+def test_two_starts_at_once(run):
+    """The second is refused, and nothing of the first is touched."""
+    (run / "checkpoint.partial").mkdir()
+    second = f"from launch.run_dir import open_run; open_run({str(run)!r}, {RECIPE!r}, None, {FACTS!r})"
+    done = subprocess.run([sys.executable, "-c", second], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1 and "is in use by another run" in done.stderr
+    assert (run / "checkpoint.partial").exists()
+
+
+@pytest.mark.parametrize("wanted", ["{file}/run", "{folder}/" + "x" * 300, "/proc/nope/x", "{folder}/a\0b"])
+def test_a_directory_that_cannot_be_made(tmp_path, wanted):
+    (tmp_path / "file").write_text("")
+    wanted = wanted.format(file=tmp_path / "file", folder=tmp_path)
+    with pytest.raises(UserError, match="cannot be written to"):
+        open_run(wanted, RECIPE, None, FACTS)
+
+
+def test_a_checkpoint_of_another_version(run):
+    facts = {key: value for key, value in FACTS.items() if key != "data"}
+    (run / "checkpoint-4" / "manifest.json").unlink()
+    checkpoints.seal(run / "checkpoint-4", facts)
+    with pytest.raises(UserError, match=r"does not say its data.*another version"):
+        open_run(str(run), RECIPE, None, FACTS)
+
+
+def test_an_evaluation_that_was_left_out_is_owed(run):
+    assert not open_run(str(run), RECIPE, None, FACTS).evaluation_owed
+    (run / "checkpoint-4" / "manifest.json").unlink()
+    checkpoints.seal(run / "checkpoint-4", FACTS | {"evaluation_owed": True})
+    assert open_run(str(run), RECIPE, None, FACTS).evaluation_owed
