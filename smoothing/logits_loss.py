@@ -80,7 +80,7 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options) -> Tensor 
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """`logits_TS` → `loss_T` (and statistics). Saves the logits themselves and three numbers a token."""
+    """`logits_TS` → `loss_T` (and statistics). Saves the logits themselves and two numbers a token."""
 
     @staticmethod
     def forward(ctx, logits_TS: Tensor, call: LossCall, inplace_backward: bool, return_stats: bool):

@@ -29,8 +29,8 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
         _statistics_kernel[(count,)](
             logits_TS,
             *logits_TS.stride(),
-            target,
-            call.prior if call.prior is not None else logits_TS,  # not looked at then
+            target.contiguous(),
+            _prior(call, logits_TS),
             stats_FT,
             count,
             call.shard.start,
@@ -67,8 +67,8 @@ def gradient(
         *logits_TS.stride(),
         out_TS,
         *out_TS.stride(),
-        target,
-        call.prior if call.prior is not None else logits_TS,
+        target.contiguous(),
+        _prior(call, logits_TS),
         base_T,
         scale_T,
         weight_T.contiguous(),  # an upstream gradient may be one number, expanded
@@ -85,6 +85,11 @@ def gradient(
         BLOCK=block,
     )
     return out_TS
+
+
+def _prior(call: LossCall, logits_TS: Tensor) -> Tensor:
+    """The prior as a kernel reads it; where it is uniform any tensor will do, since none is read."""
+    return logits_TS if call.prior is None else call.prior.contiguous()
 
 
 def _block(width: int) -> int:
