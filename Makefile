@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sanity test torture bench-gpu lint format clean
+.PHONY: help setup train sanity test torture fuzz bench-gpu lint format clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -28,6 +28,11 @@ test: setup ## Run all tests
 
 torture: setup ## Kill runs fifty times at random moments and compare their weights (ARGS="--kills 50")
 	python -m tests.torture $(ARGS)
+
+fuzz: setup ## Fuzz readers, recipes and the losses' arguments (hypothesis), and what reads bytes (atheris)
+	pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	FUZZ=30 pytest -s tests/test_fuzz.py
+	python -m tests.fuzz_bytes $(ARGS)
 
 bench-gpu: setup ## Time losses and heads on one GPU against the others that are installed (into benchmarks/results/)
 	python benchmarks/gpu.py $(ARGS)
