@@ -125,6 +125,12 @@ def test_what_happens_at_the_end_of_an_epoch_is_not_lost(runs):
             assert untimed(torn) == untimed(whole)
 
 
+def test_evaluating_changes_nothing_of_the_training(runs):
+    launch_many(runs, 1, [command(runs, ALONE, "unevaluated", eval_strategy="no", eval_on_start=False)])
+    weights = [(runs / run / "model/model.safetensors").read_bytes() for run in (name(ALONE), "unevaluated")]
+    assert weights[0] == weights[1]
+
+
 def test_a_checkpoint_of_another_model_is_refused(runs):
     (runs / "other").mkdir()
     shutil.copy(runs / "train.jsonl", runs / "other")
