@@ -31,7 +31,17 @@ COMMON = {
 }
 # ranks, tensor parallelism, accumulation, ZeRO stage
 ALONE = (1, 1, 1, 0)
-LAYOUTS = [ALONE, (1, 1, 2, 2), (2, 1, 1, 1), (2, 1, 1, 2), (2, 1, 2, 3), (2, 2, 1, 0), (2, 2, 1, 1), (2, 2, 2, 2)]
+LAYOUTS = [
+    ALONE,
+    (1, 1, 2, 2),
+    (2, 1, 1, 1),
+    (2, 1, 1, 2),
+    (2, 1, 2, 3),
+    (2, 2, 1, 0),
+    (2, 2, 1, 1),
+    (2, 2, 2, 2),
+    (2, 2, 1, 3),
+]
 RESUMED_FROM = 3
 
 
