@@ -184,7 +184,13 @@ def _recipe_path(flags: dict) -> Path | None:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """`yaml.safe_load`, but a key that stands twice is a mistake."""
+    """`yaml.safe_load`, but a key that stands twice is a mistake, and so is an alias, of which few make gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -64,6 +64,8 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
     last = checkpoints.last_whole(path) if known else None
     if last is None and checkpoint is not None:
         last = _given(Path(checkpoint))
+    elif last is not None and checkpoint is not None:
+        say(f"--resume_from_checkpoint is for a directory without checkpoints; {path} has its own")
     before = {} if last is None else from_main(lambda: checkpoints.facts_of(last))
     changes = [] if last is None else from_main(lambda: _check_facts(last, before, facts))
     owed = before.get("evaluation_owed", False)

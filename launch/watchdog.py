@@ -139,8 +139,10 @@ def _short(path: Path) -> str:
 
 
 def _launchers() -> list[int]:
-    """The process that started this one, and deepspeed's own above it."""
+    """The process that started this one as a rank, and deepspeed's own above it; none for a run started by hand."""
     found = []
+    if "RANK" not in psutil.Process().environ():  # as it was when this process began
+        return found
     for process in psutil.Process().parents():
         try:
             words = process.cmdline()

@@ -112,6 +112,15 @@ def test_nothing_but_bad_lines_is_an_error(tmp_path, tokenizer, line, reason):
         load_sft_data(str(path), tokenizer=tokenizer, max_length=64)
 
 
+def test_a_line_that_never_ends_is_passed_over(tmp_path):
+    """70 MiB, from 70 KiB of gzip."""
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD + b'{"prompt": "' + b"a" * (70 << 20) + b'"}\n' + GOOD))
+    report = DropReport()
+    assert [record.where for record in read_records(str(path), report)] == [f"{path}:1", f"{path}:3"]
+    assert [str(r) for r in report.rejections] == [f"{path}:2: absurdly long line (more than 64 MiB)"]
+
+
 BAD_FILES = {
     "empty": ("a.jsonl", b""),
     "blank lines": ("a.jsonl", b"\n \r\n\n"),

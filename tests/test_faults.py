@@ -5,12 +5,14 @@
 
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.checkpoints import checkpoints, step_of
-from tests.torture import LAYOUTS, Launch, prepare, tortured, weights
+from tests.small_run import launcher
+from tests.torture import LAYOUTS, SCRIPT, Launch, prepare, tortured, weights
 
 START_SECONDS = 120
 LAYOUT = LAYOUTS["tp2-zero1"]
@@ -38,9 +40,9 @@ def go_on(folder: Path, output: str) -> str:
     return launch.said()
 
 
-def fault(folder: Path, output: str, steps: int, strike, values=LAYOUT) -> Launch:
+def fault(folder: Path, output: str, steps: int, strike, values=LAYOUT, start=None) -> Launch:
     """Start a run, `strike(launch)` once it has logged so many steps, and see all its processes go."""
-    launch = Launch(folder, output, values)
+    launch = Launch(folder, output, values, start)
     try:
         assert launch.until(lambda: launch.steps() >= steps, START_SECONDS), launch.said()[-4000:]
         strike(launch)
@@ -73,6 +75,13 @@ def test_sigterm_to_one_rank_stops_all(folder):
     assert f"stopped after step {last}" in launch.said()
 
 
+def test_a_run_started_by_hand_outlives_its_shell(folder):
+    """As with nohup: a shell is no launcher."""
+    shell = ["sh", "-c", '"$@" & wait', "sh", sys.executable, SCRIPT]
+    launch = fault(folder, "by-hand", 3, lambda launch: launch.launcher.kill(), {"tp": 1}, shell)
+    assert "the launcher is gone" not in launch.said() and (folder / "by-hand/model").exists()
+
+
 def test_a_rank_that_stands_still_is_named(folder):
     values = LAYOUT | {"stall_timeout": 5}
     launch = fault(folder, "stalled", 3, lambda launch: launch.ranks()[1].send_signal(signal.SIGSTOP), values)
@@ -85,7 +94,7 @@ def test_a_rank_that_raises(folder):
     """Its own traceback stands alone; the other rank says one sentence."""
     script = folder / "raising.py"
     script.write_text(RAISING.format(root=Path(__file__).resolve().parents[1]))
-    launch = Launch(folder, "raising", LAYOUT, script=script)
+    launch = Launch(folder, "raising", LAYOUT, [*launcher(2), str(script)])
     try:
         assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
     finally:

@@ -108,6 +108,9 @@ def test_mistakes_in_a_recipe(recipe, values, words):
         "model_config: {a: 1, a: 2}",
         "seed: !!python/object/apply:os.getcwd []",
         "{[1]: 2}",
+        "\n".join(
+            ["model_config:", "  a: &a1 [1]", *(f"  b{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(2, 12))]
+        ),
     ],
     ids=lambda text: text[:30],
 )

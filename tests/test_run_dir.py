@@ -48,6 +48,12 @@ def test_the_same_command_goes_on(run, capsys):
     assert steps == [1, 2, 3, 4]
 
 
+def test_half_a_line_of_metrics_is_forgotten(run):
+    (run / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}')
+    open_run(str(run), RECIPE, None, FACTS)
+    assert (run / "metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
 def test_without_a_checkpoint_it_starts_over(run):
     for path in (run / "checkpoint-4").rglob("*"):
         path.unlink()
@@ -131,6 +137,12 @@ def test_an_explicit_checkpoint(run, tmp_path):
     (run / "checkpoint-4/trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not whole: trainer_state\.json has 2 bytes"):
         open_run(str(tmp_path / "fourth"), RECIPE, str(run / "checkpoint-4"), FACTS)
+
+
+def test_a_directory_prefers_its_own_checkpoint(run, tmp_path, capsys):
+    """And does not pass over in silence the one that is given."""
+    assert open_run(str(run), RECIPE, str(tmp_path), FACTS).checkpoint == run / "checkpoint-4"
+    assert "--resume_from_checkpoint is for a directory without" in capsys.readouterr().out
 
 
 def test_two_starts_at_once(run):

@@ -20,6 +20,7 @@ import psutil
 from tests.small_run import ROOT, environment, flags, launcher, write_data, write_model
 
 GONE_SECONDS = 60
+SCRIPT = str(ROOT / "launch/sft.py")
 COMMON = {
     "smoothing": 0.1,
     "learning_rate": 1e-2,
@@ -36,14 +37,17 @@ LAYOUTS = {"tp2-zero1": {"tp": 2, "zero": 1}, "dp2-zero2": {"tp": 1, "zero": 2},
 
 
 class Launch:
-    """One start of a run, with everything that it prints, and its processes."""
+    """One start of a run, with everything that it prints, and its processes.
 
-    def __init__(self, folder: Path, output: str, values: dict, script: Path = ROOT / "launch/sft.py"):
+    `start`: the words before its flags; left out, the deepspeed launcher on two ranks.
+    """
+
+    def __init__(self, folder: Path, output: str, values: dict, start: list[str] | None = None):
         self.output = folder / output
         given = {"model": folder / "model-tied", "data": folder / "train.jsonl", "output_dir": self.output}
         self.log = (folder / f"{output}.log").open("a+")
         self.launcher = psutil.Popen(
-            [*launcher(2), str(script), *flags(COMMON | given | values)],
+            [*(start or [*launcher(2), SCRIPT]), *flags(COMMON | given | values)],
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env=environment(),

@@ -3,14 +3,16 @@
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from launch.data.records import DataError, Record, Reject
 
 GZIP_MAGIC = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
+LONGEST_LINE = 2**26  # bytes
 
 
 class StrictDecoder:
@@ -40,8 +42,7 @@ class StrictDecoder:
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in fields if keys.count(key) > 1)
+            twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
             self._unusable.append(Reject("duplicate keys", twice))
         return fields
 
@@ -55,7 +56,7 @@ def json_lines(path: Path) -> Iterator[Record | tuple[str, Reject]]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(_lines(file), start=1):
                 where = f"{path}:{number}"
                 try:
                     fields = _parse_line(line.removeprefix(BOM) if number == 1 else line, decoder)
@@ -74,7 +75,17 @@ def _open(path: Path):
     return gzip.open(path, "rb") if compressed else path.open("rb")
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one longer than `LONGEST_LINE` a byte more than that, so that memory has a bound."""
+    while line := file.readline(LONGEST_LINE + 1):
+        yield line
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE + 1)
+
+
 def _parse_line(line: bytes, decoder: StrictDecoder) -> dict[str, Any] | None:
+    if len(line) > LONGEST_LINE:
+        raise Reject("absurdly long line", f"more than {LONGEST_LINE >> 20} MiB")
     if b"\0" in line:
         raise Reject("null bytes")
     try:
