@@ -12,6 +12,7 @@ from launch.errors import LocalError, UserError
 from launch.processes import is_main, leave, rank
 from launch.stopping import Stopped
 from launch.text import printable
+from smoothing import UnsupportedModel
 
 # What gloo, NCCL and the store say to the ranks that outlive another.
 PEER_LOST = (
@@ -41,6 +42,9 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except UserError as fault:
         code = 2
         _tell(f"error: {fault}", everywhere=False)
+    except UnsupportedModel as fault:  # all ranks run the same model
+        code = 2
+        _tell(f"error: {fault} (the flag is --head)", everywhere=False)
     except LocalError as fault:
         _tell(f"error: rank {rank()}: {fault}", everywhere=True)
     except (OSError, SafetensorError) as fault:

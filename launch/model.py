@@ -34,11 +34,15 @@ def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
 def load_model(
     options: SftOptions, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    """The causal LM to train. Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks."""
+    """The causal LM to train.
+
+    Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks, and `UnsupportedModel` if it is none
+    for `--head`, as `install_smoothed_loss` would once training has begun.
+    """
     model = _loaded(options, dtype) if options.model is not None else _built(options, tokenizer, dtype, seed)
     _check_split(model.config, options.tp)
     _check_vocabulary(model.config, tokenizer)
-    _check_head(model, options.head)
+    check_model(causal_lm(model), options.head)
     model.config.use_cache = False
     return model
 
@@ -108,14 +112,6 @@ def _check_vocabulary(config, tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {size}; resize the model's "
             "embeddings, or take the tokenizer that came with it"
         )
-
-
-def _check_head(model: PreTrainedModel, head: str) -> None:
-    """What `install_smoothed_loss` would refuse once training has begun."""
-    try:
-        check_model(causal_lm(model), head)
-    except ValueError as fault:
-        raise UserError(f"{fault} (the flag is --head)") from None
 
 
 def _first_line(fault: Exception) -> str:

@@ -4,10 +4,12 @@ from smoothing.call import TokenStats
 from smoothing.install import install_smoothed_loss
 from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import smoothed_cross_entropy, vocab_parallel_cross_entropy
+from smoothing.model_logits import UnsupportedModel
 from smoothing.shard import VocabShard
 
 __all__ = [
     "TokenStats",
+    "UnsupportedModel",
     "VocabShard",
     "install_smoothed_loss",
     "smoothed_cross_entropy",

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from smoothing.installed_loss import Installation, InstalledLoss, OnStats
-from smoothing.model_logits import fusing_fault, own_softcap, smoothing_fault
+from smoothing.model_logits import UnsupportedModel, fusing_fault, own_softcap, smoothing_fault
 from smoothing.options import LossOptions
 
 HEADS = ("fused", "sharded", "dense")
@@ -59,7 +59,7 @@ def install_smoothed_loss(
 
 
 def check_model(model: nn.Module, head: str) -> None:
-    """Raise `ValueError` if this causal LM's loss cannot be replaced, or its output head not be such a `head`.
+    """Raise `UnsupportedModel` if this causal LM's loss cannot be replaced, or its output head not be such a `head`.
 
     A loss cannot be replaced that is not a causal LM's, or that the model adds a z-loss of its own to. A head cannot
     be fused that is no plain linear layer, or whose logits the model scales; what it does without saying so in its
@@ -68,7 +68,7 @@ def check_model(model: nn.Module, head: str) -> None:
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
     if fault := smoothing_fault(model) or (fusing_fault(model) if head == "fused" else None):
-        raise ValueError(fault)
+        raise UnsupportedModel(fault)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -79,7 +79,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not hasattr(model, "loss_function") or model.get_output_embeddings() is None:
-        raise ValueError(
+        raise UnsupportedModel(
             "expected a Hugging Face causal LM (with loss_function and output embeddings) or a DeepSpeed engine "
             f"around one, got {type(model).__name__}"
         )

@@ -14,7 +14,7 @@ from smoothing.call import TokenStats
 from smoothing.dense_loss import dense_cross_entropy
 from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import vocab_parallel_cross_entropy
-from smoothing.model_logits import is_sharded, own_softcap
+from smoothing.model_logits import UnsupportedModel, is_sharded, own_softcap
 from smoothing.options import LossOptions
 from smoothing.output_head import Gives, OutputHead, Turn
 from smoothing.shard import VocabShard
@@ -155,7 +155,7 @@ class InstalledLoss:
     def _check_vocabulary(self, vocab_size: int | None) -> None:
         held = self._head.head.out_features if self.shard is None else self.shard.vocab_size
         if vocab_size is not None and vocab_size != held:
-            raise ValueError(
+            raise UnsupportedModel(
                 f"this model takes its loss over {vocab_size} of its head's {held} logits, which head='fused' does "
                 "not; use head='sharded', without tensor parallelism"
             )

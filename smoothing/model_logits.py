@@ -10,6 +10,10 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 CAUSAL_LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
 
 
+class UnsupportedModel(ValueError):
+    """A loss, or the head that was asked for, cannot be installed in this model."""
+
+
 def smoothing_fault(model: nn.Module) -> str | None:
     """Why no loss can stand in for this model's own, or None."""
     if (loss_type := getattr(model, "loss_type", None)) not in CAUSAL_LOSSES:

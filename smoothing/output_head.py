@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smoothing.gather import gather_logits
+from smoothing.model_logits import UnsupportedModel
 from smoothing.shard import VocabShard
 
 # What travels to the loss beside the loss itself: known numbers that show what the model does to its logits.
@@ -68,9 +69,9 @@ class OutputHead:
         turn = self.turn
         if turn.gives is Gives.LOSS:
             if turn.placeholder is not None:
-                raise ValueError(
+                raise UnsupportedModel(
                     "this model calls its output head more than once in a forward, and head='fused' cannot tell "
-                    "which call its labels are for; use install_smoothed_loss(head='sharded')"
+                    "which call its labels are for; use head='sharded'"
                 )
             loss = turn.loss(hidden, self.head)
             turn.placeholder = torch.cat([loss.view(1), loss.new_tensor(PROBES)]).view(1, 1, -1)
@@ -83,7 +84,7 @@ class OutputHead:
     def loss_behind(self, logits: Tensor) -> Tensor:
         """The loss, from what the model made of the placeholder in passing it on as "logits".
 
-        Raises `ValueError` if the model did more to it than its softcap: so it would have changed its logits.
+        Raises `UnsupportedModel` if the model did more to it than its softcap: so it would have changed its logits.
         """
         placeholder = self.turn.placeholder.flatten()
         seen = logits.flatten()
@@ -93,9 +94,9 @@ class OutputHead:
             rtol = max(1e-5, 8 * torch.finfo(logits.dtype).eps)
             same_shape = seen.shape == placeholder.shape
             if not same_shape or not torch.allclose(seen[1:].detach().to(expected.dtype), expected, rtol=rtol):
-                raise ValueError(
+                raise UnsupportedModel(
                     "this model changes its logits between output head and loss, which head='fused' never makes; "
-                    "use install_smoothed_loss(head='sharded')"
+                    "use head='sharded'"
                 )
             self._probed = True
         # what was passed on may carry hooks (ZeRO-3's), and so has to stay on the path of the gradient

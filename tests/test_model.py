@@ -9,6 +9,7 @@ from launch.errors import UserError
 from launch.export import assert_complete
 from launch.model import load_model, load_tokenizer
 from launch.options import SftOptions
+from smoothing import UnsupportedModel
 
 SMALL = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -53,7 +54,7 @@ def test_more_ranks_than_heads(tokenizer):
 
 def test_a_head_that_cannot_be_fused_is_refused_before_training(tokenizer):
     scaled = {"model_type": "granite", "logits_scaling": 8.0, "num_key_value_heads": 4}
-    with pytest.raises(UserError, match="logits_scaling"):
+    with pytest.raises(UnsupportedModel, match="logits_scaling"):
         build(tokenizer, **scaled)
     options = SftOptions(model_config=SMALL | scaled, head="sharded")
     assert load_model(options, tokenizer, torch.float32, seed=0).config.logits_scaling == 8.0
