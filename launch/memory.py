@@ -6,12 +6,13 @@ activations of a plain transformer layer. Fragmentation, communication buffers a
 
 from dataclasses import dataclass
 
+from smoothing.linear_head import default_chunk_bytes
+
 GIB = 2**30
 # Values kept for backward by a transformer layer, in units of tokens·hidden: the inputs of its matrix products,
 # norms and activation function, with attention that keeps no score matrix.
 KEPT_PER_LAYER = 34 / 2
 KEPT_PER_CHECKPOINTED_LAYER = 1
-CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Setup:
     low_precision: bool
     checkpointing: bool
     head: str
+    device: bool  # an accelerator, not a CPU
 
 
 def estimate(setup: Setup) -> dict[str, float]:
@@ -62,6 +64,6 @@ def _head(setup: Setup, bytes_: int) -> float:
         return setup.tokens * setup.vocab * (bytes_ + 3 * 4)
     if setup.head == "sharded":
         return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * bytes_
-    # a chunk's logits, twice over while the next is computed, and the weight's gradient summed in fp32
-    weight = setup.vocab / setup.tensor_parallel * setup.hidden * 4
-    return 2 * max(CHUNK_BYTES, weight / 8) + (weight if setup.low_precision else 0.0)
+    # the chunks' logits, and the weight's gradient summed in fp32
+    weight = setup.vocab // setup.tensor_parallel * setup.hidden * 4
+    return default_chunk_bytes(weight, setup.device) + (weight if setup.low_precision else 0.0)
