@@ -1,0 +1,118 @@
+"""The Triton kernels compiled for devices that need not be at hand: machine code within what a pass can afford.
+
+What `test_kernels.py` shows of their results, this shows of their cost, from the code that a device would run: no
+register is spilt, aligned rows are read and written 16 bytes at a time, nothing is fp64, and few enough instructions
+go to an element for the memory to be what bounds a pass.
+"""
+
+import importlib.util
+import inspect
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from smoothing import passes_triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+THREADS = 128  # four warps, Triton's default
+POINTERS = {"targets": "*i64"} | dict.fromkeys(("priors", "stats", "bases", "scales", "weights"), "*fp32")
+FLOATS = {"uniform", "cap", "label_share", "prior_share"}
+# An H100 has 132 units that issue 128 instructions in each of 1.7e9 cycles a second. At 3e12 bytes a second that
+# makes 19 for an element of bf16 that is read, and 38 for one that is read and written.
+ALLOWED = {"_statistics_kernel": 19, "_gradient_kernel": 38}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for; `aligned`: sizes and strides that 16 divides, as Triton looks at them."""
+
+    logits: str = "bf16"
+    out: str = "bf16"
+    capped: bool = False
+    smoothed: bool = True
+    uniform: bool = True
+    field: bool = True
+    aligned: bool = True
+    capability: int = 90
+
+
+VARIANTS = {
+    "sm_90": Variant(),
+    "sm_80": Variant(capability=80),
+    "sm_100": Variant(capability=100),
+    "fp16": Variant("fp16", "fp16"),
+    "fused": Variant("fp32", "bf16", smoothed=False, field=False),
+    "prior": Variant(uniform=False),
+    "softcap": Variant(capped=True),
+    "unaligned": Variant(aligned=False),
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
+def variant(request) -> Variant:
+    return request.param
+
+
+def compiled(kernel, variant: Variant):
+    constants = {
+        "CAPPED": variant.capped,
+        "SMOOTHED": variant.smoothed,
+        "UNIFORM": variant.uniform,
+        "WITH_FIELD": variant.field,
+        "BLOCK": passes_triton.BLOCK,
+        "column_stride": 1,
+        "out_column_stride": 1,
+    }
+    types = POINTERS | dict.fromkeys(FLOATS, "fp32") | {"logits": f"*{variant.logits}", "out": f"*{variant.out}"}
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    by_16 = [
+        place
+        for place, name in enumerate(names)
+        if types[name].startswith("*") or (types[name] == "i32" and variant.aligned and name not in unspecialised)
+    ]
+    source = ASTSource(kernel, types, constants, {(place,): [["tt.divisibility", 16]] for place in by_16})
+    return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32))
+
+
+def instructions(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
+    """Address and text of each instruction of the machine code."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    command = [TOOLS / "cuobjdump", "-sass", folder / "kernel.cubin"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [(int(at, 16), words) for at, words in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
+
+
+def longest_loop(code: list[tuple[int, str]]) -> int:
+    """Instructions between the farthest jump back and where it goes; all of them if there is no loop."""
+    jumps = [(at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", words)) for at, words in code]
+    back = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    first, last = max(back, key=lambda span: span[1] - span[0], default=(0, code[-1][0]))
+    return sum(first <= at <= last for at, _ in code)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_machine_code(variant, name, tmp_path):
+    binary = compiled(getattr(passes_triton, name), variant)
+    ptx, code = binary.asm["ptx"], instructions(binary.asm["cubin"], tmp_path)
+    assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
+    assert ".f64" not in ptx
+    assert "ex2.approx.f32" not in ptx and "ex2.approx.ftz.f32" in ptx
+    moved = set(re.findall(r"(?:ld|st)\.global[\w.]*", ptx))
+    assert ("ld.global.v4.b32" in moved) == variant.aligned, moved
+    if name == "_gradient_kernel":
+        assert ("st.global.v4.b32" in moved) == variant.aligned, moved
+    if not variant.capped:  # a tanh is more than a pass can hide
+        assert longest_loop(code) <= ALLOWED[name] * passes_triton.BLOCK // THREADS
