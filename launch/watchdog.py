@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from launch.processes import on_all_ranks, rank, say, world_size
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
 STORAGE_PATIENCE = 6  # times as long while all that is waited for is storage
-WRAPPERS = ("torch/", "deepspeed/comm/", "deepspeed/utils/")  # between a collective and who wanted it
+# between a collective and who wanted it
+WRAPPERS = ("torch/", "deepspeed/comm/", "deepspeed/utils/", "typing_extensions.py")
 
 
 class Watchdog(TrainerCallback):
@@ -37,7 +39,7 @@ class Watchdog(TrainerCallback):
         self.limit, self.code = limit, code
         self._main = threading.main_thread().ident
         self._over = threading.Event()
-        self.beat("starting")
+        self.beat("starting", storage=True)
 
     def beat(self, doing: str, storage: bool = False) -> None:
         """Say that this rank gets on: what it does next, and whether that is waiting for storage."""
@@ -100,7 +102,15 @@ class Watchdog(TrainerCallback):
             waits = "".join(f"\n  rank {other} {answers.get(other, silent)}" for other in range(world_size()))
             waited = time.monotonic() - self._since
             self._say(f"no progress for {waited:.0f} s (--stall_timeout) during {self._doing}:{waits}")
+            self._kill({other: pid for other, pid in self._peers.items() if other not in answers})
         os._exit(self.code)
+
+    @staticmethod
+    def _kill(silent: dict[int, int]) -> None:
+        """End ranks of this host that do not answer; they would not heed the launcher's SIGTERM for half a minute."""
+        for pid in silent.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _ask(self, here: str, answers: dict[int, str]) -> None:
         self._store.set_timeout(timedelta(seconds=ANSWER_SECONDS))

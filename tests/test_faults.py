@@ -83,7 +83,7 @@ def test_a_run_started_by_hand_outlives_its_shell(folder):
 
 
 def test_a_rank_that_stands_still_is_named(folder):
-    values = LAYOUT | {"stall_timeout": 5}
+    values = LAYOUT | {"stall_timeout": 10, "save_steps": 1000}  # while it saves, it would be given longer
     launch = fault(folder, "stalled", 3, lambda launch: launch.ranks()[1].send_signal(signal.SIGSTOP), values)
     said = launch.said()
     assert "no progress for" in said and "rank 1 does not answer: stopped" in said
