@@ -15,6 +15,7 @@ WRITTEN = {
     "grad_norm": "grad_norm",
     "learning_rate": "lr",
     "label_tokens": "label_tokens",
+    "tokens": "tokens",
     "tokens_per_second": "tokens_per_second",
     "peak_memory_gib": "peak_memory_gib",
     "eval_nll": "eval_nll",
@@ -74,7 +75,7 @@ class Progress(ProgressCallback):
             line = (
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  nll {logs['nll']:.4f}  "
                 f"accuracy {logs['accuracy']:.1%}  grad_norm {logs.get('grad_norm', 0.0):.2f}  "
-                f"lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} label tokens/s"
+                f"lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s"
             )
         elif "eval_nll" in logs:
             line = (

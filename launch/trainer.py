@@ -18,11 +18,16 @@ from smoothing import TokenStats
 
 
 class TokenMeter:
-    """Sums over label tokens since the last reading, kept on the device: no synchronisation in a step."""
+    """Sums over tokens since the last reading, kept on the device: no synchronisation in a step."""
 
     def __init__(self):
-        self.sums: torch.Tensor | None = None
+        self.sums: torch.Tensor | None = None  # of the label tokens
         self._before: torch.Tensor | None = None
+        self._tokens: torch.Tensor | int = 0  # prompts too
+
+    def note(self, attention_mask: torch.Tensor) -> None:
+        """Tokens that the model is about to read."""
+        self._tokens = self._tokens + attention_mask.sum()
 
     def keep(self) -> None:
         """What was added until now stays."""
@@ -38,17 +43,20 @@ class TokenMeter:
         )
         self.sums = now if self.sums is None else self.sums + now
 
-    def read(self, copies: int, device) -> tuple[float, float, int]:
-        """Mean nll, accuracy and count of label tokens over all ranks, then start anew.
+    def read(self, copies: int, device) -> tuple[float, float, int, int]:
+        """Mean nll, accuracy and count of label tokens over all ranks, and the count of all tokens; then start anew.
 
         `copies`: how many ranks see the same tokens (the tensor-parallel size). Collectives: one all-reduce.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=device) if self.sums is None else self.sums
-        self.sums = self._before = None
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        if self.sums is not None:
+            sums[:3] = self.sums
+        sums[3] = self._tokens
+        self.sums, self._before, self._tokens = None, None, 0
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        nll, correct, tokens = (sums / copies).tolist()
-        return nll / max(tokens, 1), correct / max(tokens, 1), round(tokens)
+        nll, correct, labels, tokens = (sums / copies).tolist()
+        return nll / max(labels, 1), correct / max(labels, 1), round(labels), round(tokens)
 
 
 class Stage0GradNorm(TrainerCallback):
@@ -70,7 +78,7 @@ class Stage0GradNorm(TrainerCallback):
 
 
 class SftTrainer(Trainer):
-    """Adds `nll`, `accuracy`, label tokens, tokens/s and peak memory to every log, `eval_nll` to evaluations.
+    """Adds `nll`, `accuracy`, tokens, tokens/s and peak memory to every log, `eval_nll` to evaluations.
 
     Checkpoints are written aside and renamed (`launch.checkpoints`), with `facts` in their manifests; steps that are
     not finite are stopped at or left out (`launch.nonfinite`).
@@ -105,6 +113,8 @@ class SftTrainer(Trainer):
 
     def _prepare_inputs(self, inputs):
         self._where = inputs.pop("where", [])  # of the rows; the model has no use for it
+        if self.model.training:
+            self.train_meter.note(inputs["attention_mask"])
         return super()._prepare_inputs(inputs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -138,14 +148,15 @@ class SftTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            nll, accuracy, tokens = self.train_meter.read(self.get_tp_size(), self.args.device)
+            nll, accuracy, labels, tokens = self.train_meter.read(self.get_tp_size(), self.args.device)
             now = time.monotonic()
             seconds = now - self._last_log - self._eval_seconds
             self._last_log, self._eval_seconds = now, 0.0
             logs |= {
                 "nll": nll,
                 "accuracy": accuracy,
-                "label_tokens": tokens,
+                "label_tokens": labels,
+                "tokens": tokens,
                 "tokens_per_second": tokens / max(seconds, 1e-9),
                 "peak_memory_gib": peak_memory_gib(),
             }
@@ -157,12 +168,12 @@ class SftTrainer(Trainer):
         here = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(here):  # evaluating or not changes nothing of the training
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nll, accuracy, tokens = self.eval_meter.read(self.get_tp_size(), self.args.device)
+        nll, accuracy, labels, _ = self.eval_meter.read(self.get_tp_size(), self.args.device)
         # Trainer's own eval_loss is a mean of batch means, which depends on how rows fall into batches
         output.metrics.pop(f"{metric_key_prefix}_loss", None)
         output.metrics[f"{metric_key_prefix}_nll"] = nll
         output.metrics[f"{metric_key_prefix}_accuracy"] = accuracy
-        output.metrics[f"{metric_key_prefix}_label_tokens"] = tokens
+        output.metrics[f"{metric_key_prefix}_label_tokens"] = labels
         self._eval_seconds += time.monotonic() - start
         return output
 

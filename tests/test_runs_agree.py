@@ -83,7 +83,7 @@ def test_same_losses_and_same_model(runs, setup, tied):
         assert have.keys() == want.keys()
         for key in want.keys() & {"loss", "nll", "eval_nll", "accuracy", "grad_norm"}:
             assert have[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
-        for key in want.keys() & {"label_tokens", "eval_label_tokens"}:
+        for key in want.keys() & {"label_tokens", "tokens", "eval_label_tokens"}:
             assert have[key] == want[key]
     expected, got = (load_file(run / "model" / "model.safetensors") for run in (alone, other))
     assert got.keys() == expected.keys()
@@ -110,7 +110,7 @@ def test_export_loads_and_is_what_was_trained(runs, tied):
 def test_loss_is_smoothed_and_nll_is_not(runs):
     rows = [row for row in metrics(runs / name(ALONE, False)) if "loss" in row]
     assert all(row["loss"] != pytest.approx(row["nll"], rel=1e-4) for row in rows)
-    assert {"step", "loss", "nll", "accuracy", "grad_norm", "lr", "label_tokens"} <= rows[0].keys()
+    assert {"step", "loss", "nll", "accuracy", "grad_norm", "lr", "label_tokens", "tokens"} <= rows[0].keys()
     assert {"tokens_per_second", "peak_memory_gib"} <= rows[0].keys()
 
 
