@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sanity test torture fuzz bench-gpu lint format clean
+.PHONY: help setup train sanity test torture fuzz bench bench-gpu lint format clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -34,8 +34,14 @@ fuzz: setup ## Fuzz readers, recipes and the losses' arguments (hypothesis), and
 	FUZZ=30 pytest -s tests/test_fuzz.py
 	python -m tests.fuzz_bytes $(ARGS)
 
-bench-gpu: setup ## Time losses and heads on one GPU against the others that are installed (into benchmarks/results/)
+bench: setup ## Time the head and its loss against the others on two CPU ranks (into benchmarks/results/)
+	pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	python benchmarks/heads.py --rounds 7 --name bar $(ARGS)
+
+bench-gpu: setup ## The same on one GPU, then training runs; what cannot be installed is left out, and said
+	-for peer in liger-kernel cut-cross-entropy quack-kernels; do pip install --quiet --constraint constraints.txt $$peer; done
 	python benchmarks/gpu.py $(ARGS)
+	python benchmarks/gpu_training.py $(ARGS)
 
 lint: setup ## Check style
 	ruff check

@@ -254,7 +254,7 @@ def main() -> int:
         "command": "python benchmarks/gpu.py " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "device": "a dry run on the CPU" if dry else torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "bandwidth": bandwidth(Clock(args.device), args.device, 1 << (16 if dry else 30)),
         "points": [],
     }
@@ -265,6 +265,10 @@ def main() -> int:
             (HERE / "results" / f"{args.name}.md").write_text(table(result))
     print(table(result))
     return 0
+
+
+def versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:
