@@ -31,8 +31,8 @@ from smoothing import (
     vocab_parallel_linear_cross_entropy,
 )
 from smoothing.install import HEADS
-from smoothing.installed_loss import shifted
 from smoothing.reference import hf_label_smoother, onehot_cross_entropy, torch_cross_entropy
+from smoothing.turn import shifted
 
 LABEL_TOKENS = 256  # compared with the reference; an fp64 gradient of a large vocabulary takes its time
 MOST_ROWS = 8

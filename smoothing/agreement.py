@@ -1,13 +1,15 @@
 """Ranks that share a vocabulary find out together whether they agree, and fail together.
 
-Each loss sends a header of nine int64 (72 bytes) in front of its statistics, in the same all-gather, so a
-rank whose arguments are wrong still takes part, and every other rank learns of it in the very collective
-that it would otherwise have waited in. The first time a shard is used the headers are exchanged once more, alone
-and before anything else: only then can ranks with different numbers of tokens be told so (afterwards such a call
-ends in an error of the backend).
+Each loss sends a header of nine int64 (72 bytes): a rank whose arguments are wrong still takes part, and every other
+rank learns of it in the very collective that it would otherwise have waited in.
 
-On the CPU headers are read in every call. On a device that would be a host synchronisation a step, so they
-are compared there and `torch._assert_async` ends the step if they differ.
+The loss from logits sends it in front of its statistics, in the same all-gather. The first time that a shard is used
+it is exchanged once more, alone and before anything else: only then can ranks with different numbers of tokens be
+told so (afterwards such a call ends in an error of the backend). The fused head, whose statistics travel in chunks,
+always sends it alone and first, while it sums up `w̄`: that is a meeting.
+
+On the CPU headers are read in every call. On a device that would be a host synchronisation a step, so they are read
+the first time a shard is used; later they are compared there and `torch._assert_async` ends the step if they differ.
 """
 
 from collections.abc import Callable
@@ -41,6 +43,11 @@ class Header:
     batch: int
     label_smoothing: float
     prior_mass: float
+
+    @classmethod
+    def refusal(cls) -> "Header":
+        """Of a rank that is about to raise, whatever it was given."""
+        return cls(True, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 
     def encode(self) -> Tensor:
         """`[9]` int64; the floats as their bits, so that they can travel among integers."""
@@ -83,10 +90,9 @@ def meet_once(header_H: Tensor, shard: VocabShard) -> None:
     Collectives: one all-gather of 72 bytes a rank, once for each `VocabShard`; none with one rank. Remembering bounds
     instead would part the ranks when a vocabulary is cut anew and some of them keep theirs.
     """
-    if shard.world_size == 1 or shard.met:
+    if shard.world_size == 1 or shard.widest is not None:
         return
-    raise_disagreement(Header.decode_all(all_gather(header_H, shard)), shard.rank)
-    shard.note_met()
+    shard.note_met(_widest(Header.decode_all(all_gather(header_H, shard)), shard.rank))
 
 
 class Meeting(NamedTuple):
@@ -99,22 +105,29 @@ class Meeting(NamedTuple):
 def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Meeting]:
     """Send the header alone, whatever was agreed on before; calling what is returned ends the meeting.
 
-    That call raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree; it reads
-    the headers on the host. A device that is alone has nobody to wait for: it is asserted there.
+    That call raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree. On a
+    device only the first for a shard reads the headers on the host: later ones, and those of a rank that is alone and
+    has nobody to wait for, assert there.
     Collectives: one all-gather of 72 bytes a rank, none with one rank.
     """
     wait = start_all_gather(header_H, shard)
-    if shard.world_size == 1 and header_H.device.type != "cpu":
-        check(wait(), shard.rank)
-        return lambda: Meeting(wait(), shard.size)
+    widest = shard.size if shard.world_size == 1 else shard.widest
 
     def end() -> Meeting:
         headers_RH = wait()
-        headers = Header.decode_all(headers_RH)
-        raise_disagreement(headers, shard.rank)
-        return Meeting(headers_RH, max(header.stop - header.start for header in headers))
+        if widest is not None and headers_RH.device.type != "cpu":
+            check(headers_RH, shard.rank)
+            return Meeting(headers_RH, widest)
+        shard.note_met(_widest(Header.decode_all(headers_RH), shard.rank))
+        return Meeting(headers_RH, shard.widest)
 
     return end
+
+
+def _widest(headers: list[Header], rank: int) -> int:
+    """Columns of the largest shard, of ranks that agree; raises `ValueError` if they do not."""
+    raise_disagreement(headers, rank)
+    return max(header.stop - header.start for header in headers)
 
 
 def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -174,5 +187,6 @@ def disagreement(headers: list[Header], rank: int) -> str | None:
         return f"the ranks' shards must cover the vocabulary [0, {own.vocab_size}), got {bounds}"
     mass = sum(header.prior_mass for header in headers)
     if not abs(mass - 1) <= PRIOR_MASS_TOLERANCE:
-        return f"smoothing_prior must sum to 1 over all ranks' shards, got {mass:.6g}"
+        negative = " (a number in it is negative or NaN)" if mass != mass else ""
+        return f"smoothing_prior must sum to 1 over all ranks' shards, got {mass:.6g}{negative}"
     return None

@@ -3,11 +3,10 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones.
 """
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -81,10 +80,11 @@ class LossCall:
 
     def header(self, refused: bool = False) -> Tensor:
         """This rank's header (see `agreement`), on the target's device."""
+        if refused:
+            return Header.refusal().encode().to(self.target.device)
         extra = (self.input_dtype, self.soft, self.prior is not None, *self.alike)
-        uniform_mass = 0.0 if refused else self.shard.real_size / self.shard.vocab_size
         header = Header(
-            refused=refused,
+            refused=False,
             start=self.shard.start,
             stop=self.shard.stop,
             vocab_size=self.shard.vocab_size,
@@ -92,14 +92,15 @@ class LossCall:
             digest=self.options.digest(*extra),
             batch=0,
             label_smoothing=self.options.label_smoothing,
-            prior_mass=uniform_mass,
+            prior_mass=self.shard.real_size / self.shard.vocab_size,
         )
         header_H = _on_device(header, self.target.device).clone()
         if self.prior is not None:
-            header_H[agreement.PRIOR_MASS] = self.prior.sum(dtype=torch.float64).view(torch.int64)
-        if not refused and self.batch is not None:
+            mass = self.prior.sum(dtype=torch.float64).masked_fill((self.prior < 0).any(), torch.nan)
+            header_H[agreement.PRIOR_MASS] = mass.view(torch.int64)
+        if self.batch is not None:
             header_H[agreement.BATCH] = self.batch
-        if not refused and not self.soft and header_H.device.type != "cpu":
+        if not self.soft and header_H.device.type != "cpu":
             header_H[0] = self.targets_outside().any()
         return header_H
 
@@ -125,25 +126,23 @@ class LossCall:
         prior_mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64) if with_prior else None
         return combine(stats_RFT, owner_T, prior_mass_R)
 
-    def refuse_at_meeting(self, fault: str) -> None:
-        """Raise `ValueError(fault)` here; the other ranks learn of it in `agreement.start_meeting`."""
+    def refuse_at_meeting(self, fault: Exception) -> NoReturn:
+        """Raise `fault` as a `ValueError` here; the other ranks learn of it in `agreement.start_meeting`."""
         with suppress(ValueError):  # the meeting tells this rank what it already knows
             agreement.start_meeting(self.header(refused=True), self.shard)()
-        raise ValueError(fault)
+        raise _as_value_error(fault)
 
-    def refuse_at_exchange(self, fault: str) -> None:
-        """Raise `ValueError(fault)` here; the other ranks learn of it in `combine_all`."""
+    def refuse_at_exchange(self, fault: Exception) -> NoReturn:
+        """Raise `fault` as a `ValueError` here; the other ranks learn of it in `combine_all`."""
         header_H = self.header(refused=True)
         if self.shard.group is not None:
-            try:
+            with suppress(ValueError):
                 agreement.meet_once(header_H, self.shard)
                 nothing = ShardStatistics.nothing(
                     self.tokens, self.soft, dtype=self.statistics_dtype, device=header_H.device
                 )
                 agreement.exchange(nothing.stack(), header_H, self.shard)
-            except ValueError:
-                pass  # the meeting tells this rank what it already knows
-        raise ValueError(fault)
+        raise _as_value_error(fault)
 
     def token_stats(self, combined: Combined, shape: torch.Size) -> TokenStats:
         """Per-token statistics in the target's shape."""
@@ -163,7 +162,7 @@ class LossCall:
             return loss_T.sum()
         items = self.valid_T.sum() if num_items_in_batch is None else num_items_in_batch
         if isinstance(items, Tensor):
-            return loss_T.sum() / items.to(loss_T.device, loss_T.dtype).clamp(min=1)
+            return loss_T.sum() / items.reshape(()).to(loss_T.device, loss_T.dtype).clamp(min=1)
         return loss_T.sum() / max(items, 1)
 
 
@@ -176,27 +175,46 @@ def _on_device(header: Header, device: torch.device) -> Tensor:
     return _headers[header, device]
 
 
-def refused_call(tokens: int, device: torch.device, shard: VocabShard) -> LossCall:
-    """A stand-in for a call whose own arguments cannot be trusted, so that its rank can still refuse."""
-    target = torch.zeros(tokens, dtype=torch.int64, device=device)
-    return LossCall(target, shard, LossOptions(), None, torch.float32, torch.float32)
+def refused_call(given, target, shard: VocabShard | None) -> LossCall:
+    """A stand-in for a call whose own arguments cannot be trusted, so that its rank can still refuse.
+
+    Of as many tokens as there seem to be, so that what the other ranks wait for comes.
+    """
+    tokens, device = 0, torch.device("cpu")
+    if isinstance(given, Tensor) and given.dim():
+        tokens, device = given.shape[:-1].numel(), given.device
+    elif isinstance(target, Tensor):
+        tokens = target.shape[0] if target.is_floating_point() and target.dim() else target.numel()
+        device = target.device
+    target_T = torch.zeros(tokens, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
+    shard = shard if isinstance(shard, VocabShard) else VocabShard.whole(1)
+    return LossCall(target_T, shard, LossOptions(), None, torch.float32, torch.float32)
 
 
-def refused_input(target, shard: VocabShard | None) -> LossCall:
-    """The same where not even the input is a tensor: as many tokens as there seem to be targets."""
-    known = isinstance(target, Tensor)
-    tokens = 0 if not known else target.shape[0] if target.is_floating_point() and target.dim() else target.numel()
-    device = target.device if known else torch.device("cpu")
-    return refused_call(tokens, device, VocabShard.whole(1) if shard is None else shard)
+def _as_value_error(fault: Exception) -> ValueError:
+    return fault if isinstance(fault, ValueError) else ValueError(f"{type(fault).__name__}: {fault}")
 
 
-def not_tensors(**given) -> str | None:
-    """Which of these is no tensor with a last dimension, or None."""
+def tensor_fault(**given) -> str | None:
+    """Which of these is no dense tensor with a last dimension on the first one's device, or None."""
+    first, *_ = given
     for name, value in given.items():
         if not isinstance(value, Tensor):
             return f"{name} must be a tensor, got {type(value).__name__}"
         if value.dim() == 0:
-            return f"{name} must have at least one dimension, got the single number {value.item()}"
+            return f"{name} must have at least one dimension, got none"
+        if fault := _place_fault(name, value, given[first].device):
+            return fault
+    return None
+
+
+def _place_fault(name: str, given: Tensor, device: torch.device) -> str | None:
+    if given.layout != torch.strided:
+        return f"{name} must be a dense tensor, got {given.layout}"
+    if given.device.type == "meta":
+        return f"{name} must hold data, got a tensor on the device meta"
+    if given.device != device:
+        return f"{name} must lie on the input's device, {device}, got {given.device}"
     return None
 
 
@@ -209,10 +227,13 @@ def dtype_fault(**tensors: Tensor | None) -> str | None:
     return None
 
 
-def argument_fault(target, shard, options, prior, num_items_in_batch, leading: torch.Size, width: int):
-    """What is wrong with a call's arguments, whatever its head, or None. `leading`: the tokens' shape."""
+def argument_fault(given: Tensor, target, shard, options, prior, num_items_in_batch, width: int) -> str | None:
+    """What is wrong with a call's arguments, whatever its head, or None. `given`: logits or hidden states."""
+    if not isinstance(shard, VocabShard):
+        return f"shard must be a VocabShard or None, got {type(shard).__name__}"
     if fault := options.fault() or shard.fault():
         return fault
+    leading = given.shape[:-1]
     if width != shard.size:
         return (
             f"this rank's shard is [{shard.start}, {shard.stop}), so {shard.size} vocabulary columns were expected, "
@@ -220,6 +241,8 @@ def argument_fault(target, shard, options, prior, num_items_in_batch, leading: t
         )
     if not isinstance(target, Tensor):
         return f"target must be a tensor, got {type(target).__name__}"
+    if fault := _place_fault("target", target, given.device):
+        return fault
     if target.is_floating_point():
         if target.shape != (*leading, width):
             return f"probabilities must have the logits' shape {(*leading, width)}, got {tuple(target.shape)}"
@@ -232,6 +255,8 @@ def argument_fault(target, shard, options, prior, num_items_in_batch, leading: t
     if prior is not None and (not isinstance(prior, Tensor) or prior.shape != (width,)):
         got = tuple(prior.shape) if isinstance(prior, Tensor) else type(prior).__name__
         return f"smoothing_prior must be this rank's slice of a distribution, of shape {(width,)}, got {got}"
+    if prior is not None and (fault := _place_fault("smoothing_prior", prior, given.device)):
+        return fault
     for name, given in (("target", target), ("smoothing_prior", prior)):
         if given is not None and given.requires_grad and torch.is_grad_enabled():
             return f"{name} gets no gradient from this loss; pass {name}.detach()"
@@ -250,7 +275,7 @@ def _items_fault(items) -> str | None:
         if items.device.type != "cpu":
             return None
         items = items.item()
-    if isinstance(items, bool) or not isinstance(items, Real) or not 0 <= items < math.inf:
+    if isinstance(items, bool) or not isinstance(items, Real) or not 0 <= items < 2**63:
         return f"num_items_in_batch must be a number of tokens, got {items!r}"
     return None
 

@@ -8,7 +8,8 @@ from smoothing.install import InstalledLoss, install_smoothed_loss
 class SmoothedLossCallback(TrainerCallback):
     """Calls `install_smoothed_loss(model, **options)` on `on_train_begin`, when DeepSpeed has sharded the model.
 
-    The loss stays installed for evaluations after training; `callback.installed.remove()` takes it out.
+    The loss stays installed for evaluations after training; `callback.installed.remove()` takes it out. Raises
+    `ValueError` in a process with several GPUs, whose model Trainer would copy to each.
     """
 
     def __init__(self, **options):
@@ -16,5 +17,7 @@ class SmoothedLossCallback(TrainerCallback):
         self.installed: InstalledLoss | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.n_gpu > 1:  # nn.DataParallel copies the model, and a copy's forward would be this one's
+            raise ValueError(f"start one process for each of the {args.n_gpu} GPUs: deepspeed or torchrun SCRIPT")
         if self.installed is None:
             self.installed = install_smoothed_loss(model, **self.options)

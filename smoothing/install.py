@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from smoothing.installed_loss import Installation, InstalledLoss, OnStats
+from smoothing.linear_loss import chunk_bytes_fault
 from smoothing.model_logits import UnsupportedModel, fusing_fault, own_softcap, smoothing_fault
 from smoothing.options import LossOptions
 
@@ -40,7 +41,7 @@ def install_smoothed_loss(
     Collectives: those of the loss; where logits are gathered from a sharded head, two all-gathers.
     """
     options = LossOptions(label_smoothing, ignore_index, "mean", z_loss, logit_softcap)
-    if fault := options.fault():
+    if fault := options.fault() or chunk_bytes_fault(chunk_bytes) or _prior_fault(smoothing_prior):
         raise ValueError(fault)
     model = causal_lm(model)
     check_model(model, head)
@@ -56,6 +57,13 @@ def install_smoothed_loss(
     options = replace(options, logit_softcap=logit_softcap if own is None else own)
     asked = Installation(options, head, smoothing_prior, on_stats, chunk_bytes, logits_in_eval)
     return InstalledLoss(model, asked)
+
+
+def _prior_fault(prior) -> str | None:
+    if prior is None or (isinstance(prior, Tensor) and prior.dim() == 1):
+        return None
+    got = f"shape {tuple(prior.shape)}" if isinstance(prior, Tensor) else type(prior).__name__
+    return f"smoothing_prior must be a tensor of one dimension, this rank's slice of a distribution, got {got}"
 
 
 def check_model(model: nn.Module, head: str) -> None:

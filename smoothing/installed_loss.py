@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoothing.call import TokenStats
@@ -16,10 +15,15 @@ from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import vocab_parallel_cross_entropy
 from smoothing.model_logits import UnsupportedModel, is_sharded, own_softcap
 from smoothing.options import LossOptions
-from smoothing.output_head import Gives, OutputHead, Turn
+from smoothing.output_head import OutputHead
 from smoothing.shard import VocabShard
+from smoothing.turn import Gives, Labels, Turn
 
 OnStats = Callable[[TokenStats], None]
+OWN_LOSS = (
+    "this model computes its loss itself, not by its loss_function, so that none can be installed in its place; take "
+    "its logits and smoothing.vocab_parallel_cross_entropy"
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,12 @@ class InstalledLoss:
         self, logits, labels=None, vocab_size=None, num_items_in_batch=None, shift_labels=None, **_
     ) -> Tensor:
         """What a Hugging Face causal LM calls: `logits` `[B, L, S]` predict the label one position on."""
+        self._head.turn.loss_asked = True
         if self._head.turn.placeholder is not None:
             self._check_vocabulary(vocab_size)
+            self._check_labels(Labels(labels, shift_labels, num_items_in_batch))
             return self._head.loss_behind(logits)
-        target = self._target(labels, shift_labels).to(logits.device)
+        target = Labels(labels, shift_labels).target(self.asked.options.ignore_index).to(logits.device)
         options = self._options(num_items_in_batch)
         if self.asked.head == "dense":
             value, stats = dense_cross_entropy(logits, target, **options)
@@ -94,22 +100,28 @@ class InstalledLoss:
         """The model's forward `forward(*args, **kwargs)`, whose arguments by name are `given`."""
         if not self._installed:
             return forward(*args, **kwargs)
-        turn = self._turn(given)
-        with self._head.giving(turn):
-            outputs = forward(*args, **kwargs)
+        turn = self._turn(Labels.of(given))
+        try:
+            with self._head.giving(turn):
+                outputs = forward(*args, **kwargs)
+        except Exception as fault:
+            if turn.placeholder is None or turn.loss_asked or isinstance(fault, UnsupportedModel):
+                raise
+            raise UnsupportedModel(OWN_LOSS) from fault  # it took the placeholder for logits
+        if turn.labels.given and not turn.loss_asked:
+            raise UnsupportedModel(OWN_LOSS)
         return outputs if turn.placeholder is None else _without_logits(outputs)
 
-    def _turn(self, given: dict) -> Turn:
-        """What the head is to give in a forward of these arguments."""
-        labels, shift_labels = given.get("labels"), given.get("shift_labels")
-        unlabelled = labels is None and shift_labels is None
+    def _turn(self, labels: Labels) -> Turn:
+        """What the head is to give in a forward with these labels."""
         evaluation = not self.model.training and not torch.is_grad_enabled()
-        if unlabelled or self.asked.head == "dense" or (evaluation and self.asked.logits_in_eval):
-            return Turn(Gives.ALL_LOGITS)
+        if not labels.given or self.asked.head == "dense" or (evaluation and self.asked.logits_in_eval):
+            return Turn(Gives.ALL_LOGITS, labels)
         if self.asked.head == "sharded":
-            return Turn(Gives.OWN_LOGITS)
-        target, num_items = self._target(labels, shift_labels), given.get("num_items_in_batch")
-        return Turn(Gives.LOSS, functools.partial(self._loss_from_hidden, target=target, num_items=num_items))
+            return Turn(Gives.OWN_LOGITS, labels)
+        target = labels.target(self.asked.options.ignore_index)
+        loss = functools.partial(self._loss_from_hidden, target=target, num_items=labels.num_items_in_batch)
+        return Turn(Gives.LOSS, labels, loss)
 
     def _loss_from_hidden(self, hidden: Tensor, head: nn.Module, target: Tensor, num_items) -> Tensor:
         """What the head computes in place of logits. `hidden` `[B, L, H]`, `target` `[B, L]`."""
@@ -145,9 +157,6 @@ class InstalledLoss:
             "z_loss": self.asked.options.z_loss if training else 0.0,
         }
 
-    def _target(self, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
-        return shifted(labels, self.asked.options.ignore_index) if shift_labels is None else shift_labels
-
     def _tell(self, stats: TokenStats) -> None:
         if self.asked.on_stats is not None:
             self.asked.on_stats(stats)
@@ -158,6 +167,14 @@ class InstalledLoss:
             raise UnsupportedModel(
                 f"this model takes its loss over {vocab_size} of its head's {held} logits, which head='fused' does "
                 "not; use head='sharded', without tensor parallelism"
+            )
+
+    def _check_labels(self, asked: Labels) -> None:
+        """The head has computed the loss of the labels that the model was given: hold them to those asked for."""
+        if not asked.same(self._head.turn.labels, self.asked.options.ignore_index):
+            raise UnsupportedModel(
+                "this model takes its loss of other labels than it was given, or divides it by another number, which "
+                "head='fused' does not; use head='sharded'"
             )
 
 
@@ -172,11 +189,6 @@ class _Forward:
     def __call__(self, *args, **kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs
         return self.around(self.plain, given, *args, **kwargs)
-
-
-def shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels `[B, L]` as targets: position i is to predict label i+1, the last one nothing."""
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def _without_logits(outputs):

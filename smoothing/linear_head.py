@@ -96,7 +96,7 @@ class LinearHead:
         row_H = products.weighted_row(self.weight_KH, self.call.prior, self.call.shard.vocab_size, dtype)
         bias = row_H.new_zeros(())
         if self.bias_K is not None:
-            bias = torch.where(prior_K > 0, prior_K * self.bias_K, 0.0).sum()
+            bias = torch.where(prior_K != 0, prior_K * self.bias_K, 0.0).sum()
         return torch.cat([row_H, bias.unsqueeze(0)])
 
     def prior_logit(self, mean_row_H: Tensor, mean_bias: Tensor, maximum_N: Tensor) -> Tensor:
@@ -150,7 +150,8 @@ class LinearHead:
         meeting = end_meeting()  # before any other collective: ranks that do not agree get no further
         wait_for_mean_row = start_all_reduce(mean_row_H1, call.shard) if smoothed else None
         alone = call.shard.world_size == 1
-        lookahead = 0 if alone or (gradients is not None and self.factored) else 1
+        # e·W of a chunk needs no other rank, and gives its statistics the time to travel
+        lookahead = 0 if alone or (gradients is not None and gradients.wanted.hidden and self.factored) else 1
         slices, buffers = self.chunks(meeting.widest, 1 + lookahead if gradients is not None else 1)
         under_way, parts = deque(), []
         for turn, tokens in enumerate(slices):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from smoothing import agreement, products
 from smoothing.agreement import Meeting
-from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, not_tensors, refused_call, refused_input
+from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
 from smoothing.linear_gradients import HeadGradients, Wanted
 from smoothing.linear_head import LinearHead
 from smoothing.options import LossOptions
@@ -54,45 +54,63 @@ def vocab_parallel_linear_cross_entropy(
 
     Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
     arguments are wrong or the ranks' differ.
-    Collectives, C chunks of n tokens: one all-gather of 72 bytes; with smoothing one all-reduce of H+1 numbers; C
-    all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a gradient, C
-    all-reduces of n·H numbers (in backward with `reduction="none"`). On a device two host synchronisations, to count
-    the labelled tokens and for the meeting of several ranks; none while a CUDA graph is captured on one rank.
+    Collectives, C chunks of n tokens: one all-gather of 72 bytes; with smoothing, but no softcap, one all-reduce of
+    H+1 numbers; C all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a
+    gradient, C all-reduces of n·H numbers (in backward with `reduction="none"`).
+    On a device the host waits once, to count the labelled tokens, and once more the first time that several ranks use
+    a shard; not while a CUDA graph is captured on one rank.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
+    try:
+        job = _checked(
+            hidden,
+            weight,
+            bias,
+            target,
+            shard,
+            options,
+            smoothing_prior,
+            num_items_in_batch,
+            chunk_bytes,
+            return_stats,
+        )
+    except Exception as fault:  # whatever it is, the other ranks must learn of it
+        refused_call(hidden, target, shard).refuse_at_meeting(fault)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, *stats = job.run(hidden.reshape(job.leading.numel(), hidden.shape[-1]), weight, bias)
+    return (loss, TokenStats(*stats)) if return_stats else loss
+
+
+def _checked(
+    hidden, weight, bias, target, shard, options: LossOptions, prior, num_items_in_batch, chunk_bytes, return_stats
+) -> "_Job":
+    """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
-    if fault := not_tensors(**tensors):
-        refused_input(target, shard).refuse_at_meeting(fault)
+    if fault := tensor_fault(**tensors) or dtype_fault(**tensors) or _head_fault(hidden, weight, bias, chunk_bytes):
+        raise ValueError(fault)
     leading, size = hidden.shape[:-1], weight.shape[0]
     shard = VocabShard.whole(size) if shard is None else shard
-    fault = (
-        dtype_fault(**tensors)
-        or _head_fault(hidden, weight, bias, chunk_bytes)
-        or argument_fault(target, shard, options, smoothing_prior, num_items_in_batch, leading, size)
-    )
-    if fault:
-        refused_call(leading.numel(), hidden.device, shard).refuse_at_meeting(fault)
+    if fault := argument_fault(hidden, target, shard, options, prior, num_items_in_batch, size):
+        raise ValueError(fault)
     dtype = _compute_dtype(hidden, weight)
     grad = torch.is_grad_enabled()
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
-    flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
-    masked = not target.is_floating_point() and keeps_every_row(hidden.device)
-    rows_N = None if target.is_floating_point() or masked else _labelled(flat_T, ignore_index)
+    soft = target.is_floating_point()
+    flat_T = target.reshape(leading.numel(), size) if soft else target.reshape(-1)
+    masked = not soft and keeps_every_row(hidden.device)
+    rows_N = None if soft or masked else _labelled(flat_T, options.ignore_index)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     call = LossCall(
         target=flat_T if rows_N is None else flat_T[rows_N],
         shard=shard,
         options=options,
-        prior=None if smoothing_prior is None else smoothing_prior[: shard.real_size].to(statistics_dtype),
+        prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=dtype,
         batch=agreement.batch_checksum(flat_T, num_items_in_batch),
         alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
     )
-    job = _Job(call, leading, rows_N, masked, wanted, num_items_in_batch, chunk_bytes, return_stats)
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, *stats = job.run(hidden.reshape(leading.numel(), hidden.shape[-1]), weight, bias)
-    return (loss, TokenStats(*stats)) if return_stats else loss
+    return _Job(call, leading, rows_N, masked, wanted, num_items_in_batch, chunk_bytes, return_stats)
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,9 @@ class _Job:
         items = 1 if self.call.options.reduction == "sum" else self.num_items_in_batch
         if items is None:
             items = self.call.valid_T.sum() if self.masked else self.call.tokens
-        return (items.to(**options) if isinstance(items, Tensor) else torch.full((), items, **options)).clamp(min=1)
+        return (
+            items.reshape(()).to(**options) if isinstance(items, Tensor) else torch.full((), items, **options)
+        ).clamp(min=1)
 
 
 @dataclass
@@ -275,6 +295,13 @@ def _head_fault(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes
         return f"weight must have shape [S, {hidden.shape[-1]}], this rank's rows, got {tuple(weight.shape)}"
     if bias is not None and bias.shape != weight.shape[:1]:
         return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
-    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes < 1):
-        return f"chunk_bytes must be None or an integer of at least 1, got {chunk_bytes!r}"
-    return None
+    return chunk_bytes_fault(chunk_bytes)
+
+
+def chunk_bytes_fault(chunk_bytes: int | None) -> str | None:
+    """What is wrong with this budget, or None."""
+    if chunk_bytes is None or (
+        isinstance(chunk_bytes, int) and not isinstance(chunk_bytes, bool) and chunk_bytes > 0
+    ):
+        return None
+    return f"chunk_bytes must be None or an integer of at least 1, got {chunk_bytes!r}"

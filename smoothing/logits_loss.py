@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smoothing import agreement
-from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, not_tensors, refused_call, refused_input
+from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
 from smoothing.options import LossOptions
 from smoothing.passes import passes
 from smoothing.shard import VocabShard
@@ -47,31 +47,37 @@ def vocab_parallel_cross_entropy(
     Source: Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
-    if fault := not_tensors(logits=logits):
-        refused_input(target, shard).refuse_at_exchange(fault)
-    leading, width = logits.shape[:-1], logits.shape[-1]
-    shard = VocabShard.whole(width) if shard is None else shard
-    fault = dtype_fault(logits=logits) or argument_fault(
-        target, shard, options, smoothing_prior, num_items_in_batch, leading, width
-    )
-    if fault:
-        refused_call(leading.numel(), logits.device, shard).refuse_at_exchange(fault)
-    statistics_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    flat_T = target.reshape(leading.numel(), width) if target.is_floating_point() else target.reshape(-1)
-    call = LossCall(
-        target=flat_T,
-        shard=shard,
-        options=options,
-        prior=None if smoothing_prior is None else smoothing_prior[: shard.real_size].to(statistics_dtype),
-        statistics_dtype=statistics_dtype,
-        input_dtype=logits.dtype,
-        batch=agreement.batch_checksum(flat_T, num_items_in_batch),
-    )
-    logits_TS = logits.reshape(leading.numel(), width)
+    try:
+        call = _checked(logits, target, shard, options, smoothing_prior, num_items_in_batch)
+    except Exception as fault:  # whatever it is, the other ranks must learn of it
+        refused_call(logits, target, shard).refuse_at_exchange(fault)
+    leading = logits.shape[:-1]
+    logits_TS = logits.reshape(leading.numel(), logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
         loss_T, *stats = _LogitsLoss.apply(logits_TS, call, inplace_backward, return_stats)
     loss = call.reduce(loss_T, leading, num_items_in_batch)
     return (loss, TokenStats(*(x.view(leading) if x is not None else None for x in stats))) if return_stats else loss
+
+
+def _checked(logits, target, shard, options: LossOptions, prior, num_items_in_batch) -> LossCall:
+    """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
+    if fault := tensor_fault(logits=logits) or dtype_fault(logits=logits):
+        raise ValueError(fault)
+    rows, width = logits.shape[:-1].numel(), logits.shape[-1]
+    shard = VocabShard.whole(width) if shard is None else shard
+    if fault := argument_fault(logits, target, shard, options, prior, num_items_in_batch, width):
+        raise ValueError(fault)
+    statistics_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    flat_T = target.reshape(rows, width) if target.is_floating_point() else target.reshape(-1)
+    return LossCall(
+        target=flat_T,
+        shard=shard,
+        options=options,
+        prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
+        statistics_dtype=statistics_dtype,
+        input_dtype=logits.dtype,
+        batch=agreement.batch_checksum(flat_T, num_items_in_batch),
+    )
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options) -> Tensor | tuple[Tensor, TokenStats]:

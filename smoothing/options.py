@@ -1,10 +1,12 @@
 """What a smoothed cross entropy is asked to be: the numbers that all ranks must have alike."""
 
-import math
 import zlib
 from dataclasses import dataclass
+from numbers import Real
 
 REDUCTIONS = ("mean", "sum", "none")
+FLOATS = ("label_smoothing", "z_loss", "logit_softcap")
+LARGEST = 2.0**1000  # a number of this size is a mistake, and float() still takes it
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,23 @@ class LossOptions:
     z_loss: float = 0.0
     logit_softcap: float | None = None
 
+    def __post_init__(self):
+        for name in FLOATS:  # 0 and 0.0 are one number, and digest must say so
+            if _is_number(value := getattr(self, name)) and abs(value) < LARGEST:
+                object.__setattr__(self, name, float(value))
+
     def fault(self) -> str | None:
         """What is wrong with these numbers, or None."""
         if not _is_number(self.label_smoothing) or not 0.0 <= self.label_smoothing <= 1.0:
             return f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}"
         if self.reduction not in REDUCTIONS:
             return f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
-        if not isinstance(self.ignore_index, int):
-            return f"ignore_index must be an integer, got {self.ignore_index!r}"
-        if not _is_number(self.z_loss) or not 0.0 <= self.z_loss < math.inf:
+        if not isinstance(self.ignore_index, int) or not -(2**63) <= self.ignore_index < 2**63:
+            return f"ignore_index must be an integer of 64 bits, got {self.ignore_index!r}"
+        if not _is_number(self.z_loss) or not 0.0 <= self.z_loss < LARGEST:
             return f"z_loss must be a finite number of at least 0, got {self.z_loss!r}"
         cap = self.logit_softcap
-        if cap is not None and not (_is_number(cap) and 0 < cap < math.inf):
+        if cap is not None and not (_is_number(cap) and 0 < cap < LARGEST):
             return f"logit_softcap must be None or a finite number above 0, got {cap!r}"
         return None
 
@@ -45,4 +52,4 @@ class LossOptions:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value

@@ -1,9 +1,7 @@
 """A model's output head while a loss is installed: it gives what the forward under way asks for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +9,10 @@ from torch import Tensor, nn
 from smoothing.gather import gather_logits
 from smoothing.model_logits import UnsupportedModel
 from smoothing.shard import VocabShard
+from smoothing.turn import Gives, Turn
 
 # What travels to the loss beside the loss itself: known numbers that show what the model does to its logits.
 PROBES = (1.0, -2.0, 8.0)
-
-
-class Gives(Enum):
-    """What the head makes of hidden states `[B, L, H]`."""
-
-    ALL_LOGITS = auto()  # `[B, L, V]`, gathered if the head is sharded
-    OWN_LOGITS = auto()  # `[B, L, S]`, this rank's
-    LOSS = auto()  # `[1, 1, 1 + probes]` in place of logits
-
-
-@dataclass
-class Turn:
-    """One forward of the model. `loss`: `hidden, head -> []`, where that is what the head gives."""
-
-    gives: Gives = Gives.ALL_LOGITS
-    loss: Callable[[Tensor, nn.Module], Tensor] | None = None
-    placeholder: Tensor | None = None
 
 
 class OutputHead:
@@ -88,7 +70,7 @@ class OutputHead:
         """
         placeholder = self.turn.placeholder.flatten()
         seen = logits.flatten()
-        if not self._probed:  # costs a synchronisation, hence once
+        if not self._probed or logits.device.type == "cpu":  # on a device it costs a synchronisation, hence once
             cap, probes = self.softcap, placeholder[1:].detach()
             expected = probes if cap is None else cap * torch.tanh(probes / cap)
             rtol = max(1e-5, 8 * torch.finfo(logits.dtype).eps)

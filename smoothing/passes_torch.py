@@ -92,7 +92,7 @@ def finite_or_zero(maximum_n: Tensor) -> Tensor:
 
 def weighted_sum(weight: Tensor, z_nK: Tensor) -> Tensor:
     """`Σ_v w_v z_v`, where 0·(-inf) is a column that the weight leaves out, not a NaN."""
-    return torch.where(weight > 0, weight * z_nK, 0.0).sum(1)
+    return torch.where(weight != 0, weight * z_nK, 0.0).sum(1)
 
 
 def _capped(logits_TS: Tensor, chunk, call: LossCall) -> Tensor:

@@ -180,7 +180,7 @@ def _add_block(
             weighted += uniform * tl.sum(relative, 0)
         else:
             u = _read_prior(priors, column, inside, MASKED)
-            weighted += tl.sum(tl.where(u > 0, u * relative, 0.0), 0)
+            weighted += tl.sum(tl.where(u != 0, u * relative, 0.0), 0)
             mass += tl.sum(u, 0)
     return larger, sum_exp, weighted, mass
 

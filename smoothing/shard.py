@@ -20,8 +20,8 @@ class VocabShard:
     stop: int
     vocab_size: int
     group: dist.ProcessGroup | None = None
-    # whether the ranks have agreed on their shards (see `agreement.meet_once`)
-    met: bool = field(default=False, init=False, repr=False, compare=False)
+    # columns of the largest shard, once the ranks have agreed on theirs (see `agreement`)
+    widest: int | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if self.group is None and (fault := self.fault() or self._uncovered()):
@@ -52,9 +52,9 @@ class VocabShard:
         starts = [rank * size + min(rank, more) for rank in range(world_size + 1)]
         return list(pairwise(starts))
 
-    def note_met(self) -> None:
-        """Remember that the ranks have agreed on their shards."""
-        object.__setattr__(self, "met", True)
+    def note_met(self, widest: int) -> None:
+        """Remember that the ranks have agreed on their shards, and how many columns the largest has."""
+        object.__setattr__(self, "widest", widest)
 
     @property
     def size(self) -> int:
@@ -79,8 +79,8 @@ class VocabShard:
         bounds = (self.start, self.stop, self.vocab_size)
         if not all(isinstance(bound, int) for bound in bounds):
             return f"VocabShard takes integers for start, stop and vocab_size, got {bounds}"
-        if self.vocab_size < 1 or not 0 <= self.start <= self.stop:
-            return f"expected 0 <= start <= stop and vocab_size >= 1, got start, stop, vocab_size = {bounds}"
+        if not 1 <= self.vocab_size < 2**63 or not 0 <= self.start <= self.stop < 2**63:
+            return f"expected 0 <= start <= stop < 2^63 and 1 <= vocab_size, got start, stop, vocab_size = {bounds}"
         return None
 
     def _uncovered(self) -> str | None:

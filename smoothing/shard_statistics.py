@@ -90,4 +90,4 @@ def token_loss(combined: Combined, label_smoothing: float, z_loss: float) -> Ten
 
 def _shifted_sum(sum_RT: Tensor, mass_RT: Tensor, shift_RT: Tensor) -> Tensor:
     # A shard without mass may have a shift of -inf (it is all padding, or all its logits are -inf): 0·inf is not 0.
-    return (sum_RT + torch.where(mass_RT > 0, mass_RT * shift_RT, 0.0)).sum(0)
+    return (sum_RT + torch.where(mass_RT != 0, mass_RT * shift_RT, 0.0)).sum(0)

@@ -6,6 +6,7 @@ those logits. Gloo ranks on the CPU; lower precision is held to twice the error 
 
 import functools
 import gc
+import weakref
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from ranks import Collectives, fresh_group, pool
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from smoothing import VocabShard, linear_loss, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from smoothing import (
+    VocabShard,
+    linear_loss,
+    products,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
+from smoothing.linear_head import default_chunk_bytes
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A product of finite numbers is never -inf in chosen columns only: these cases need the bias.
@@ -244,7 +252,7 @@ REDUCTIONS = {
 
 
 @pytest.mark.parametrize("how", REDUCTIONS)
-@pytest.mark.parametrize("scaled", [1.0, -0.375])
+@pytest.mark.parametrize("scaled", [1.0, -1.0, -0.375])
 def test_reductions_of_a_scaled_loss(ranks, how, scaled):
     names = ["padded", "soft-smoothing", "softcap-z-loss-prior-padded", "one-valid", "all-ignored"]
     options, reduce = REDUCTIONS[how]
@@ -365,16 +373,18 @@ def test_products(name, chunk_bytes):
 def test_every_rank_issues_the_same_collectives(softcap):
     """Uneven shards, one all padding: the widest decides on the chunks. Sizes are bytes this rank sends.
 
-    A softcap needs Σ z_v from the logits, and two tiles of a chunk at once, which take turns.
+    A softcap needs Σ z_v from the logits. Two tiles take turns with it, and where hidden states are frozen, so that
+    statistics travel while the next chunk's logits are computed; else they travel while e·W is.
     """
     tokens, hidden, vocab = 10, 16, 48
     bounds = [(0, 8), (8, 40), (40, 48), (48, 64)]
     options = {"label_smoothing": 0.1} | ({} if softcap is None else {"logit_softcap": softcap})
     case = build(4, tokens=tokens, vocab=vocab, pad=16, split=bounds, **options)
     labelled = int(case.valid.sum())
-    rows, sent_a_token = (4, 12) if softcap is None else (2, 16)
-    chunks = [rows] * (labelled // rows) + ([labelled % rows] if labelled % rows else [])
+    sent_a_token = 12 if softcap is None else 16
     for how, with_hidden in (((), True), (("hidden",), False)):
+        rows = 4 if softcap is None and with_hidden else 2
+        chunks = [rows] * (labelled // rows) + ([labelled % rows] if labelled % rows else [])
         results = pool(4).run(cost, case, chunk_bytes=4 * 32 * 4, frozen=how, hidden_size=hidden)
         for result in results:
             names = [(("gather" if "gather" in name else "reduce"), sent) for name, sent in result["out"]]
@@ -556,9 +566,93 @@ def test_second_backward_is_refused_or_right():
 def test_double_backward_is_refused():
     *leaves, target = small()
     loss = vocab_parallel_linear_cross_entropy(leaves[0], leaves[1], target)
-    (grad,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError):
+    upstream = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss, leaves[0], upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         (grad**2).sum().backward()
+
+
+def test_hidden_states_are_let_go():
+    *leaves, target = small(torch.float32)
+    hidden = leaves[0] * 2
+    gone = weakref.ref(hidden)
+    loss = vocab_parallel_linear_cross_entropy(hidden, leaves[1], target)
+    del hidden
+    gc.collect()
+    assert gone() is None
+    loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_prior", [False, True], ids=["uniform", "prior"])
+@pytest.mark.parametrize("how", ["mean", "none"])
+def test_more_tokens_and_rows_than_are_taken_at_a_time(monkeypatch, dtype, with_prior, how):
+    """Weights are widened in blocks of rows, Σ g·h and h·w̄ are taken of blocks of tokens; here of several each."""
+    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 7 * 8)  # 7 rows of 8
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9001, 8).to(dtype), torch.randn(37, 8).to(dtype)
+    target = torch.randint(37, (9001,))
+    q = torch.rand(37).softmax(0) if with_prior else torch.full((37,), 1 / 37)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    options = {"label_smoothing": 0.4, "smoothing_prior": q if with_prior else None, "reduction": how}
+
+    def plain(hidden, weight):
+        log_p = F.log_softmax(hidden @ weight.T, dim=1)
+        return F.nll_loss(log_p, target) * 0.6 - 0.4 * (log_p @ q.to(log_p.dtype)).mean()
+
+    def fused(hidden, weight):
+        return vocab_parallel_linear_cross_entropy(hidden, weight, target, **options).mean()
+
+    truth = grads_of(plain, *(leaf.detach().double().requires_grad_() for leaf in leaves))
+    for own, rival, exact in zip(grads_of(fused, *leaves), grads_of(plain, *leaves), truth, strict=True):
+        error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (own, rival))
+        assert error <= 2 * allowed + 2 * torch.finfo(own.dtype).eps
+
+
+def test_the_budget_of_a_chunk():
+    """Of a weight of 1 GiB in fp32: an eighth; on a device half. And of a small one, what products need."""
+    assert default_chunk_bytes(2**30, device=False) == 2**27 and default_chunk_bytes(2**30, device=True) == 2**29
+    assert default_chunk_bytes(1000, device=False) == 2**24 and default_chunk_bytes(1000, device=True) == 2**28
+
+
+def test_smoothing_alone_is_exact_under_autocast():
+    """ε = 1: what is left of the loss is lse - h·w̄, and h·w̄ is never rounded to bf16."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 16).bfloat16().float().requires_grad_() for n in (40, 50))
+    target = torch.zeros(40, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = vocab_parallel_linear_cross_entropy(hidden, weight, target, label_smoothing=1.0, reduction="none")
+    truth = F.cross_entropy(hidden.double() @ weight.double().T, target, label_smoothing=1.0, reduction="none")
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_leaves_fp64_alone():
+    *leaves, target = small(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = vocab_parallel_linear_cross_entropy(leaves[0], leaves[1], target)
+    truth = F.cross_entropy(leaves[0] @ leaves[1].T, target)
+    torch.testing.assert_close(loss, truth, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("number", [torch.tensor([7]), torch.tensor([[7.0]]), 7, 7.0], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_divisor_of_any_shape(number, grad):
+    *leaves, target = small()
+    with torch.set_grad_enabled(grad):
+        loss = vocab_parallel_linear_cross_entropy(*leaves[:2], target, num_items_in_batch=number)
+        other = vocab_parallel_cross_entropy(leaves[0] @ leaves[1].T, target, num_items_in_batch=number)
+    truth = F.cross_entropy(leaves[0] @ leaves[1].T, target, reduction="sum") / 7
+    for value in (loss, other):
+        torch.testing.assert_close(value, truth, rtol=1e-12, atol=0)
+
+
+def test_negative_probabilities_count_as_in_torch():
+    *leaves, _ = small()
+    target = torch.randn(6, 11, dtype=torch.float64)
+    truth = F.cross_entropy(leaves[0] @ leaves[1].T, target)
+    got = vocab_parallel_linear_cross_entropy(*leaves[:2], target)
+    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(vocab_parallel_cross_entropy(leaves[0] @ leaves[1].T, target), truth)
 
 
 @pytest.mark.parametrize("how", ["mean", "none"])
@@ -699,6 +793,19 @@ WRONG = {
     "num-items-text": (lambda given: {"num_items_in_batch": "3"}, r"num_items_in_batch.*'3'"),
     "num-items-nan": (lambda given: {"num_items_in_batch": torch.tensor(torch.nan)}, r"num_items_in_batch.*nan"),
     "num-items-negative": (lambda given: {"num_items_in_batch": -1}, r"num_items_in_batch.*-1"),
+    "num-items-huge": (lambda given: {"num_items_in_batch": 2**70}, r"num_items_in_batch.*1180591620717411303424"),
+    "num-items-infinite": (lambda given: {"num_items_in_batch": 1e30}, r"num_items_in_batch.*1e\+30"),
+    "ignore-index-huge": (lambda given: {"ignore_index": 2**70}, r"ignore_index.*64 bits"),
+    "bound-missing": (
+        lambda given: {"shard": VocabShard(None, 6, 12, given["shard"].group)},
+        r"takes integers.*None",
+    ),
+    "bound-huge": (lambda given: {"shard": VocabShard(0, 2**70, 12, given["shard"].group)}, r"stop < 2\^63"),
+    "sparse-hidden": (lambda given: {"hidden": given["hidden"].to_sparse()}, r"hidden must be a dense tensor"),
+    "sparse-target": (lambda given: {"target": given["target"].to_sparse()}, r"target must be a dense tensor"),
+    "weight-elsewhere": (lambda given: {"weight": given["weight"].to("meta")}, r"weight must hold data"),
+    "target-elsewhere": (lambda given: {"target": given["target"].to("meta")}, r"target must hold data"),
+    "chunk-bytes-true": (lambda given: {"chunk_bytes": True}, r"chunk_bytes.*True"),
     "prior-with-gradient": (
         lambda given: {"smoothing_prior": torch.full((len(given["weight"]),), 1 / 12, requires_grad=True)},
         r"smoothing_prior gets no gradient.*detach",
@@ -720,6 +827,7 @@ WRONG = {
         None,
     ),
     "prior": (lambda given: {"smoothing_prior": torch.ones(len(given["weight"]))}, None),
+    "negative-prior": (lambda given: {"smoothing_prior": torch.linspace(-0.1, 0.6, len(given["weight"]))}, None),
     "hidden-size": (lambda given: {"hidden": torch.ones(5, 3), "weight": torch.ones(len(given["weight"]), 3)}, None),
     "shards": (
         lambda given: {"shard": VocabShard(given["shard"].start, given["shard"].stop, 13, given["shard"].group)},

@@ -89,11 +89,30 @@ def assert_same(first, second, rtol=1e-5, atol=1e-6):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma", "Phi"])  # the last has a bias
 def test_loss_and_gradients_equal_the_dense_head(family, tied, training):
     model = model_of(family, tied).train(training)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert_same(loss_and_grads(model, "fused"), loss_and_grads(model, "dense"))
+
+
+def test_another_ignore_index():
+    model, inputs = model_of(), batch()
+    plain = loss_and_grads(model, "dense", inputs)
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] != -100, 7 * VOCAB)
+    for head in ("fused", "sharded"):
+        assert_same(loss_and_grads(model, head, inputs, ignore_index=7 * VOCAB), plain)
+
+
+@pytest.mark.parametrize("head", ["fused", "sharded", "dense"])
+def test_statistics_are_told_once_a_forward(head):
+    model, inputs, told = model_of(), batch(), []
+    with install_smoothed_loss(model, head=head, on_stats=told.append):
+        model(**inputs)
+    (stats,) = told
+    assert torch.equal(stats.valid, F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:] != -100)
+    with install_smoothed_loss(model, head=head, label_smoothing=0.0):
+        torch.testing.assert_close(stats.nll.sum() / stats.valid.sum(), model(**inputs).loss)
 
 
 def test_training_is_smoothed_and_evaluation_is_not():
@@ -123,6 +142,12 @@ def test_no_logits_are_made(training):
     with install_smoothed_loss(model, head="sharded"), WidestTile() as sharded:
         model(**batch())
     assert sharded.elements >= 2 * TOKENS * VOCAB
+
+
+def test_training_without_gradients_makes_no_logits_either():
+    model = model_of().train()
+    with install_smoothed_loss(model, head="fused"), torch.no_grad():
+        assert model(**batch()).logits is None
 
 
 @pytest.mark.parametrize("head", ["fused", "sharded", "dense"])
@@ -340,6 +365,15 @@ def test_a_forward_that_wrapped_ours_survives_its_removal():
     assert torch.equal(model(**batch()).loss, before) and smoothed != before
 
 
+def test_a_head_gets_back_the_forward_that_somebody_else_had_put_there():
+    model = model_of()
+    plain = model.lm_head.forward
+    own = model.lm_head.forward = lambda hidden: plain(hidden)
+    with install_smoothed_loss(model):
+        model(**batch())
+    assert model.lm_head.forward is own
+
+
 def test_a_second_loss_is_refused():
     model = model_of()
     with install_smoothed_loss(model), pytest.raises(ValueError, match=r"already.*remove"):
@@ -483,6 +517,92 @@ def test_a_model_that_changes_its_logits_unannounced_is_refused(change, first):
         inputs["labels"] = torch.full_like(inputs["labels"], -100)
     with install_smoothed_loss(model), pytest.raises(ValueError, match="sharded"):
         model(**inputs)
+
+
+def test_a_hook_that_changes_the_logits_later_is_refused():
+    model = model_of()
+    with install_smoothed_loss(model):
+        model(**batch())
+        model.lm_head.register_forward_hook(lambda head, given, logits: logits * 3)
+        with pytest.raises(ValueError, match="changes its logits"):
+            model(**batch())
+
+
+OTHER_LABELS = {
+    "in-their-places": lambda labels, items: {"labels": None, "shift_labels": labels},
+    "some-masked": lambda labels, items: {"labels": labels.where(labels > 50, -100)},
+    "other-divisor": lambda labels, items: {"labels": labels, "num_items_in_batch": 7},
+    "no-divisor": lambda labels, items: {"labels": labels},
+    "no-labels": lambda labels, items: {"labels": torch.full_like(labels, -100), "num_items_in_batch": items},
+}
+
+
+@pytest.mark.parametrize("change", OTHER_LABELS)
+def test_a_model_that_takes_its_loss_of_other_labels_is_refused(change):
+    model, inputs = model_of(), batch() | {"num_items_in_batch": 11}
+
+    class Changing(type(model)):
+        def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+            logits = self.lm_head(self.model(*args, **kwargs).last_hidden_state)
+            asked = OTHER_LABELS[change](labels, num_items_in_batch)
+            return self.loss_function(logits=logits, vocab_size=VOCAB, **asked)
+
+    model.__class__ = Changing
+    with install_smoothed_loss(model), pytest.raises(ValueError, match=r"other labels.*sharded"):
+        model(**inputs)
+    with install_smoothed_loss(model, head="sharded"):
+        model(**inputs)
+
+
+def test_a_model_that_passes_on_copies_of_its_labels_is_served():
+    model, inputs = model_of(), batch() | {"num_items_in_batch": 11}
+
+    class Copying(type(model)):
+        def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+            logits = self.lm_head(self.model(*args, **kwargs).last_hidden_state)
+            copies = {"labels": labels.clone(), "num_items_in_batch": torch.tensor(num_items_in_batch)}
+            return self.loss_function(logits=logits, vocab_size=VOCAB, **copies)
+
+    with install_smoothed_loss(model):
+        expected = model(**inputs).loss
+        model.__class__ = Copying
+    with install_smoothed_loss(model):
+        assert torch.equal(model(**inputs), expected)
+
+
+@pytest.mark.parametrize("head", ["fused", "sharded", "dense"])
+def test_a_model_that_computes_its_loss_itself_is_refused(head):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    config = transformers.BartConfig(vocab_size=VOCAB, max_position_embeddings=TOKENS, is_decoder=True, **sizes)
+    model = transformers.BartForCausalLM(config).eval()
+    plain = model(**batch()).loss
+    with install_smoothed_loss(model, head=head), pytest.raises(ValueError, match="computes its loss itself"):
+        model(**batch())
+    assert torch.equal(model(**batch()).loss, plain)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"chunk_bytes": -5}, "chunk_bytes.*-5"),
+        ({"smoothing_prior": [1.0, 2.0]}, "smoothing_prior.*list"),
+        ({"smoothing_prior": torch.ones(2, 2)}, r"smoothing_prior.*\(2, 2\)"),
+        ({"label_smoothing": 2}, "label_smoothing.*2"),
+        ({"head": "fast"}, "fused, sharded, dense.*fast"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_before_any_forward(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        install_smoothed_loss(model_of(), **wrong)
+
+
+def test_a_process_with_several_gpus_is_refused(tmp_path):
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"one process for each of the 2 GPUs"):
+        SmoothedLossCallback().on_train_begin(args, None, None, model=model_of())
 
 
 def test_a_loss_over_fewer_columns_than_the_head_has_is_refused():

@@ -112,6 +112,15 @@ MISTAKES = {
         lambda call: replace(call, target=torch.full((TOKENS, call.width), 1 / VOCAB, requires_grad=True)),
         r"target gets no gradient.*detach",
     ),
+    "ignore-index-huge": (with_options(ignore_index=2**70), r"ignore_index.*64 bits"),
+    "num-items-huge": (with_options(num_items_in_batch=2**70), r"num_items_in_batch.*1180591620717411303424"),
+    "bound-missing": (lambda call: replace(call, bounds=(None, call.bounds[1])), r"takes integers.*None"),
+    "logits-sparse": (lambda call: replace(call, logits=call.logits.detach().to_sparse()), r"logits must be a dense"),
+    "target-elsewhere": (with_target(lambda target: target.to("meta")), r"target must hold data"),
+    "prior-elsewhere": (
+        with_prior(lambda call: torch.ones(call.width, device="meta")),
+        r"smoothing_prior must hold data",
+    ),
     "prior-length": (
         with_prior(lambda call: torch.full((call.width + 1,), 1 / VOCAB)),
         r"smoothing_prior.*\(\d+,\)",
@@ -140,6 +149,10 @@ DISAGREEMENTS = {
     ),
     "prior-none": (with_prior(lambda call: None), r"differ"),
     "prior-sum": (with_prior(lambda call: torch.full((call.width,), 1.0)), r"smoothing_prior.*sum to 1"),
+    "prior-negative": (
+        with_prior(lambda call: torch.full((call.width,), 1 / VOCAB).index_fill_(0, torch.tensor([0, 1]), -1e-7)),
+        r"smoothing_prior.*negative",
+    ),
     "prior-nan": (
         with_prior(lambda call: torch.full((call.width,), torch.nan)),
         r"smoothing_prior.*sum to 1.*nan",

@@ -1,0 +1,68 @@
+"""One forward of a model with a loss installed: what it was given for the loss, and what its output head gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Labels(NamedTuple):
+    """What a model is given for its loss, or hands on to its `loss_function`; each may be None."""
+
+    labels: Tensor | None = None
+    shift_labels: Tensor | None = None
+    num_items_in_batch: int | Tensor | None = None
+
+    @classmethod
+    def of(cls, arguments: dict) -> "Labels":
+        return cls(*map(arguments.get, cls._fields))
+
+    @property
+    def given(self) -> bool:
+        return self.labels is not None or self.shift_labels is not None
+
+    def target(self, ignore_index: int) -> Tensor:
+        """`[B, L]`: what each position is to predict."""
+        return shifted(self.labels, ignore_index) if self.shift_labels is None else self.shift_labels
+
+    def same(self, other: "Labels", ignore_index: int) -> bool:
+        """Whether these ask for one loss. Where they are not the same tensors, their values are read on the host."""
+        if all(own is its for own, its in zip(self, other, strict=True)):
+            return True
+        if (self.num_items_in_batch is None) != (other.num_items_in_batch is None):
+            return False
+        if self.num_items_in_batch is not None and self.num_items_in_batch != other.num_items_in_batch:
+            return False
+        target = self.target(ignore_index)
+        return torch.equal(target, other.target(ignore_index).to(target.device))
+
+
+def shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels `[B, L]` as targets: position i is to predict label i+1, the last one nothing."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+class Gives(Enum):
+    """What the head makes of hidden states `[B, L, H]`."""
+
+    ALL_LOGITS = auto()  # `[B, L, V]`, gathered if the head is sharded
+    OWN_LOGITS = auto()  # `[B, L, S]`, this rank's
+    LOSS = auto()  # `[1, 1, 1 + probes]` in place of logits
+
+
+@dataclass
+class Turn:
+    """One forward. `loss`: `hidden, head -> []`, where that is what the head gives.
+
+    `loss_asked`: the model has called its `loss_function`.
+    """
+
+    gives: Gives = Gives.ALL_LOGITS
+    labels: Labels = field(default_factory=Labels)
+    loss: Callable[[Tensor, nn.Module], Tensor] | None = None
+    placeholder: Tensor | None = None
+    loss_asked: bool = False
