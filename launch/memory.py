@@ -31,6 +31,7 @@ class Setup:
     low_precision: bool
     checkpointing: bool
     head: str
+    chunk_bytes: int | None
     device: bool  # an accelerator, not a CPU
 
 
@@ -66,4 +67,4 @@ def _head(setup: Setup, bytes_: int) -> float:
         return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * bytes_
     # the chunks' logits, and the weight's gradient summed in fp32
     weight = setup.vocab // setup.tensor_parallel * setup.hidden * 4
-    return default_chunk_bytes(weight, setup.device) + (weight if setup.low_precision else 0.0)
+    return (setup.chunk_bytes or default_chunk_bytes(weight, setup.device)) + (weight if setup.low_precision else 0.0)

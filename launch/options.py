@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from launch.errors import UserError
+from smoothing.linear_loss import chunk_bytes_fault
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "default.yaml"
 REFUSED = {
@@ -35,6 +36,10 @@ class SftOptions:
             "dense: gathered logits and F.cross_entropy, the baseline to compare with.",
             "choices": ["fused", "sharded", "dense"],
         },
+    )
+    chunk_bytes: int | None = field(
+        default=None,
+        metadata={"help": "What the fused head's logits may take at a time; by default a part of the weight's size."},
     )
     model: str | None = field(
         default=None, metadata={"help": "Path or hub name. Without it a model is built from --model_config."}
@@ -245,6 +250,8 @@ def _json_object(text: str, flag: str) -> dict:
 def _check(options: SftOptions) -> None:
     if not 0.0 <= options.smoothing <= 1.0:
         raise UserError(f"--smoothing must lie in [0, 1], got {options.smoothing}")
+    if fault := chunk_bytes_fault(options.chunk_bytes):
+        raise UserError(f"--{fault}")
     if options.tp < 1:
         raise UserError(f"--tp must be at least 1, got {options.tp}")
     if options.model and options.model_config:

@@ -252,6 +252,7 @@ def memory_rows(model, options: SftOptions, training_values: dict, stage: int) -
             low_precision=bool(training_values.get("bf16") or training_values.get("fp16")),
             checkpointing=bool(training_values.get("gradient_checkpointing")),
             head=options.head,
+            chunk_bytes=options.chunk_bytes,
             device=torch.cuda.is_available(),
         )
         parts = estimate(setup)

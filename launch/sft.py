@@ -150,8 +150,8 @@ def make_trainer(
         watchdog=watchdog,
         facts=facts,
     )
-    loss = {"label_smoothing": options.smoothing, "head": options.head, "on_stats": trainer.count}
-    trainer.add_callback(SmoothedLossCallback(**loss, logits_in_eval=False))
+    loss = {"label_smoothing": options.smoothing, "head": options.head, "chunk_bytes": options.chunk_bytes}
+    trainer.add_callback(SmoothedLossCallback(**loss, on_stats=trainer.count, logits_in_eval=False))
     trainer.pop_callback(ProgressCallback)
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(Progress())

@@ -450,12 +450,12 @@ def test_memory_is_the_gradients_and_one_chunk(reduction, dtype):
 # Smoothing survives low precision.
 
 
-def nobody_error(method: str, dtype: torch.dtype, scale: float) -> float:
+def nobody_error(method: str, dtype: torch.dtype, scale: float, parameter: torch.dtype = torch.float32) -> float:
     """Relative error, against fp64, of what smoothing adds to grad_weight on rows that are nobody's target.
 
-    It is the difference of two gradients, with ε = 0.1 and without, of an fp32 weight whose head computes in `dtype`
-    under autocast: so the gradient is not rounded to `dtype` at the end. (Where the parameter itself is bf16 that one
-    rounding costs 2^-9 of the whole gradient, softmax part and all, whatever the method.)
+    It is the difference of two gradients, with ε = 0.1 and without, of a head that computes in `dtype`: by autocast
+    if the `parameter` is fp32. One that is of `dtype` itself has its gradient rounded to that, softmax part and all:
+    "rounded" is the least that this costs, the exact gradients rounded.
     """
     torch.manual_seed(0)
     tokens, vocab, hidden = 256, 16384, 64
@@ -469,16 +469,19 @@ def nobody_error(method: str, dtype: torch.dtype, scale: float) -> float:
             loss(h, w, epsilon).backward()
         return w.grad[vocab // 4 :].double()
 
-    def plain_loss(h, w, epsilon):
+    def plain(h, w, epsilon):
         return F.cross_entropy(F.linear(h, w), target_T, label_smoothing=epsilon)
 
-    def fused_loss(h, w, epsilon):
+    def fused(h, w, epsilon):
         return vocab_parallel_linear_cross_entropy(h, w, target_T, label_smoothing=epsilon)
 
-    truth = gradient(0.1, torch.float64, plain_loss) - gradient(0.0, torch.float64, plain_loss)
-    loss = {"fused": fused_loss, "plain": plain_loss}[method]
-    got = gradient(0.1, torch.float32, loss) - gradient(0.0, torch.float32, loss)
-    return ((got - truth).norm() / truth.norm()).item()
+    exact = [gradient(epsilon, torch.float64, plain) for epsilon in (0.1, 0.0)]
+    if method == "rounded":
+        got = [x.to(parameter).double() for x in exact]
+    else:
+        got = [gradient(epsilon, parameter, {"fused": fused, "plain": plain}[method]) for epsilon in (0.1, 0.0)]
+    truth = exact[0] - exact[1]
+    return ((got[0] - got[1] - truth).norm() / truth.norm()).item()
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
@@ -486,6 +489,13 @@ def nobody_error(method: str, dtype: torch.dtype, scale: float) -> float:
 def test_smoothing_part_of_grad_weight(dtype, scale):
     assert nobody_error("fused", dtype, scale) <= 1e-4
     assert nobody_error("plain", dtype, scale) >= 2e-2  # what autograd through low-precision logits makes of it
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_parameter_loses_no_more_than_its_own_rounding(dtype, scale):
+    fused, least = (nobody_error(method, dtype, scale, parameter=dtype) for method in ("fused", "rounded"))
+    assert fused <= 1.01 * least < nobody_error("plain", dtype, scale, parameter=dtype)
 
 
 def test_a_bf16_weight_gets_its_gradient_rounded_once():

@@ -82,6 +82,7 @@ def test_every_shipped_recipe_parses():
         ({"head": "round"}, ("head", "round")),
         ({"zero": 4}, ("zero", "4")),
         ({"tp": 0}, ("tp", "0")),
+        ({"chunk_bytes": 0}, ("--chunk_bytes", "at least 1", "0")),
         ({"offload": True, "zero": 2}, ("offload", "--zero 3")),
         ({"recipe": "other.yaml"}, ("recipe",)),
         ({"model_config": {"model_type": "llama"}}, ("--model", "--model_config")),
