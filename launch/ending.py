@@ -1,5 +1,6 @@
 """How a process of a run ends: exit codes, sentences for mistakes and mishaps, and nobody left waiting."""
 
+import atexit
 import os
 import signal
 import sys
@@ -26,16 +27,18 @@ PEER_LOST = (
 
 
 def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """`main(argv)`, then an orderly end; 2 after a user's mistake, 1 after a mishap, 128 + n after signal n.
+    """`main(argv)`, then the end: 0 when it is done, 2 after a mistake, 1 after a mishap, 128 + n after signal n.
 
-    After a mishap the process leaves at once, without destructors: another rank may be in a collective, and the
-    launcher ends the others when it sees this one gone.
+    The process leaves at once, without destructors. After a mishap another rank may be in a collective, and the
+    launcher ends the others when it sees this one gone; and where all is done, threads of libraries that Python takes
+    down in the middle of their C++ would now and then abort what has succeeded.
     """
     code = 1
     try:
         main(argv)
         leave()
-        return
+        code = 0
+        atexit._run_exitfuncs()  # what trackers finish their runs with
     except Stopped as stop:
         code = stop.code
         _tell(str(stop), everywhere=False)

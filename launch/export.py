@@ -4,19 +4,22 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.checkpoints import flush
+from launch.nonfinite import check_weights
 from launch.processes import from_main
+from launch.trainer import SftTrainer
 
 MODEL = "model"
 WEIGHTS = "*.safetensors"
 
 
-def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> Path:
+def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> Path:
     """Write `output_dir/model` from all ranks' shards; it appears whole or not at all. All ranks must call it.
 
-    Raises `RuntimeError` if a weight is missing or has another shape than its configuration says.
+    Raises `RuntimeError` if a weight is missing or has another shape than its configuration says, and `UserError` if
+    one is not finite that was when training began.
     """
     partial, final = Path(output_dir) / f"{MODEL}.partial", Path(output_dir) / MODEL
     weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
@@ -27,6 +30,7 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: str
         # ZeRO 3 gathers tied weights one by one, as copies; from_pretrained ties them again
         once = {name: weight for name, weight in weights.items() if name not in tied_names(model)}
         assert_complete(once, type(model), model.config)
+        check_weights(once.items(), trainer.not_finite, "no model is exported")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=once)
         tokenizer.save_pretrained(partial)

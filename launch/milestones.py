@@ -17,9 +17,11 @@ class Milestones(TrainerCallback):
 
     def __init__(self, stop: StopOnSignal):
         self.stop = stop
+        self.stepped = False  # since this start
         self.evaluation_owed = False
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.stepped = True
         last = state.global_step >= state.max_steps
         if last or float(state.epoch).is_integer():
             control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
@@ -31,6 +33,12 @@ class Milestones(TrainerCallback):
             control.should_save = control.should_training_stop = True
         best_may_be_saved = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
         control.should_log |= control.should_save or best_may_be_saved
+        return control
+
+    def cut_evaluation(self, control):
+        """What is due once a signal has ended an evaluation: a checkpoint, which owes the evaluation, and the end."""
+        self.evaluation_owed = True
+        control.should_save = control.should_training_stop = True
         return control
 
     def on_epoch_end(self, args, state, control, **kwargs):

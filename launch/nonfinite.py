@@ -1,5 +1,6 @@
 """Steps whose loss or gradient is not finite: told with their rows, and stopped or left out on all ranks together."""
 
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -10,6 +11,7 @@ from launch.processes import on_all_ranks, say
 
 MODES = ("stop", "skip")
 SHOWN = 8
+IN_A_ROW = 20  # steps left out one after another, after which there is nothing to hope for
 
 
 class NonFiniteSteps:
@@ -20,7 +22,7 @@ class NonFiniteSteps:
 
     def __init__(self, mode: str):
         self.mode = mode
-        self.skipped = 0
+        self.skipped = self.in_a_row = 0
         self._seen: list[tuple[list[str], Tensor]] = []
 
     def note(self, where: list[str], nll_BL: Tensor) -> None:
@@ -34,6 +36,7 @@ class NonFiniteSteps:
         """
         seen, self._seen = self._seen, []
         if applied:
+            self.in_a_row = 0
             return
         bad = [row for where, finite in seen for row, good in zip(where, finite.tolist(), strict=True) if not good]
         everybody = on_all_ranks(lambda: (bad, [row for where, _ in seen for row in where]))
@@ -50,7 +53,26 @@ class NonFiniteSteps:
                 "leave such steps out with --on_nonfinite skip"
             )
         self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row == IN_A_ROW:
+            raise UserError(f"{text}. {IN_A_ROW} steps were left out one after another: the run stops")
         say(f"{text}; step left out ({self.skipped} so far)")
+
+
+def not_finite(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Names of the weights that hold an infinity or NaN. Under ZeRO 3 a rank looks at its own part of each."""
+    parts = [(name, getattr(weight, "ds_tensor", weight).detach()) for name, weight in weights]
+    finite = torch.stack([part.isfinite().all() for _, part in parts]).tolist() if parts else []
+    return {name for (name, _), good in zip(parts, finite, strict=True) if not good}
+
+
+def check_weights(weights: Iterable[tuple[str, Tensor]], before: set[str], lost: str) -> None:
+    """Raise `UserError` if weights are not finite that were `before`, at the start; `lost`: what is not done now.
+
+    A step whose loss and gradient were finite can make such weights.
+    """
+    if bad := sorted(not_finite(weights) - before):
+        raise UserError(f"the weights are not finite any more ({_some(bad)}): {lost}; lower --learning_rate")
 
 
 def _some(rows: list[str]) -> str:

@@ -260,6 +260,8 @@ def _check(options: SftOptions) -> None:
         raise UserError("no model: give --model (a path or a hub name) or --model_config")
     if not 0.0 <= options.eval_fraction < 1.0:
         raise UserError(f"--eval_fraction must lie in [0, 1), got {options.eval_fraction}")
+    if options.samples < 0:
+        raise UserError(f"--samples must be at least 0, got {options.samples}")
     if options.max_length < 8:
         raise UserError(f"--max_length must be at least 8, got {options.max_length}")
     if not options.stall_timeout >= 0:

@@ -87,6 +87,8 @@ def on_all_ranks(compute) -> list:
     """
     try:
         own = (compute(), None)
+    except UserError as fault:
+        own = (None, str(fault))
     except Exception as fault:
         own = (None, f"rank {rank()} failed: {fault}")
     everybody = [own]

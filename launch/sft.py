@@ -12,8 +12,10 @@ from pathlib import Path
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.launcher import follow_launcher
 from launch.preload import keep_quiet, load_weights_only, share_cores, skip_shared_memory_op
 
+follow_launcher()
 share_cores()
 keep_quiet()
 skip_shared_memory_op()
@@ -23,6 +25,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from launch.arguments import check_values
 from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.checkpoints import reading
 from launch.data.blanks import fill_to_multiple
@@ -36,7 +39,7 @@ from launch.model import load_model
 from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
-from launch.processes import ensure_environment, from_main, is_main, say, say_log, world_size
+from launch.processes import ensure_environment, from_main, is_main, on_all_ranks, say, say_log, world_size
 from launch.run_dir import Run, open_run
 from launch.samples import complete, shown
 from launch.sanity import check_run
@@ -80,21 +83,32 @@ def train(trainer: SftTrainer, run: Run) -> None:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if run.converted:
         from_main(lambda: shutil.rmtree(run.checkpoint))
-    if stop.signal and trainer.state.global_step < trainer.state.max_steps:
-        step = trainer.state.global_step
+    check_progress(trainer, run)
+    step = trainer.state.global_step
+    if stop.signal and (step < trainer.state.max_steps or milestones.evaluation_owed):
         raise Stopped(
             stop.signal, f"stopped after step {step}; the same command with --output_dir {run.path} goes on"
         )
 
 
+def check_progress(trainer: SftTrainer, run: Run) -> None:
+    """Raise `UserError` if there was nothing to train, or the run was past its end already."""
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    if step == 0:
+        raise UserError("not one step was made: there are fewer rows than a step takes (--dataloader_drop_last)")
+    if step > last:
+        raise UserError(f"{run.checkpoint} is past --max_steps {last}; give more, or name another --output_dir")
+
+
 def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
     """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
+    check_values(values)
     config = deepspeed_config(options, values.get("deepspeed"), world_size())
     try:
         # without a GPU transformers starts several processes only when it is told that it is on a CPU
         values = {"use_cpu": not torch.cuda.is_available(), "output_dir": "runs"} | values | {"deepspeed": config}
         args = SftTrainingArguments(**values)
-    except (ValueError, TypeError) as fault:
+    except (ValueError, TypeError, ImportError) as fault:
         raise UserError(str(fault)) from None
     check_arguments(args)
     say(
@@ -121,8 +135,19 @@ def layout(options: SftOptions, args: SftTrainingArguments, data) -> dict:
         "data_parallel": replicas,
         "zero": args.hf_deepspeed_config.config["zero_optimization"]["stage"],
         "rows_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas,
-        "data": from_main(data.digest),
+        "data": same_everywhere(data.digest),
     }
+
+
+def same_everywhere(digest) -> str:
+    """The digest of the rows. Raises `UserError` if ranks have read other ones, say from other files on each node."""
+    digests = on_all_ranks(digest)
+    if other := [rank for rank, value in enumerate(digests) if value != digests[0]]:
+        raise UserError(
+            f"the rows to train on are not the same on all ranks: rank(s) {other} have read others than rank 0; give "
+            "every node the same files"
+        )
+    return digests[0]
 
 
 def make_trainer(

@@ -20,12 +20,17 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
+class EvaluationCut(Exception):
+    """A signal has come during an evaluation, which may be longer than what is left until the launcher kills."""
+
+
 class StopOnSignal(TrainerCallback):
     """`signal`: the first that any rank has seen, the same on all of them after each step; 0 for none.
 
-    Listens while entered. A second Ctrl-C ends the process at once. The deepspeed launcher passes a signal on to one
-    rank after another and gives each half a minute, so a step and its checkpoint have that long. Collectives: one
-    all-reduce of one number a step, between the hosts (gloo), so that no device waits.
+    Listens while entered; ends an evaluation with `EvaluationCut`, on all ranks after the same batch. A second Ctrl-C
+    ends the process at once. The deepspeed launcher passes a signal on to one rank after another and gives each half
+    a minute, so a step and its checkpoint have that long. Collectives: one all-reduce of one number a step, or batch
+    of an evaluation, between the hosts (gloo), so that no device waits.
     """
 
     def __init__(self):
@@ -53,6 +58,11 @@ class StopOnSignal(TrainerCallback):
         self.signal = self._agreed()
         if self.signal:
             say(f"stopping on {signal.Signals(self.signal).name} after step {state.global_step}: saving a checkpoint")
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.signal = self._agreed()
+        if self.signal:
+            raise EvaluationCut
 
     def _agreed(self) -> int:
         if self._group is None:

@@ -11,8 +11,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from launch import checkpoints
 from launch.milestones import Milestones
-from launch.nonfinite import NonFiniteSteps, skip_without_zero
-from launch.processes import is_main
+from launch.nonfinite import NonFiniteSteps, check_weights, not_finite, skip_without_zero
+from launch.processes import is_main, on_all_ranks
+from launch.stopping import EvaluationCut, Stopped
 from launch.watchdog import Watchdog
 from smoothing import TokenStats
 
@@ -87,6 +88,7 @@ class SftTrainer(Trainer):
     def __init__(self, *args, nonfinite: NonFiniteSteps, watchdog: Watchdog, facts: dict, **kwargs):
         super().__init__(*args, **kwargs)
         self.nonfinite, self.watchdog, self.facts = nonfinite, watchdog, facts
+        self.not_finite = set().union(*on_all_ranks(lambda: not_finite(self.model.named_parameters())))
         self.milestones: Milestones | None = None
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
@@ -125,6 +127,8 @@ class SftTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        weights, lost = self.model.named_parameters(), f"{name} is not written"
+        on_all_ranks(lambda: check_weights(weights, self.not_finite, lost))
         self.watchdog.beat(f"saving {name}", storage=True)
         try:
             owed = self.milestones is not None and self.milestones.evaluation_owed
@@ -161,6 +165,18 @@ class SftTrainer(Trainer):
                 "peak_memory_gib": peak_memory_gib(),
             }
         super().log(logs, start_time)
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationCut:
+            if not self.milestones.stepped:
+                raise Stopped(self.milestones.stop.signal, "stopped before the first step; nothing is lost") from None
+            self.control = self.milestones.cut_evaluation(self.control)
+            return {}
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         start = time.monotonic()

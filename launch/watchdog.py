@@ -1,8 +1,6 @@
 """Notices a rank that is gone or stands still, says which and where the others wait, and ends the process.
 
-A thread of each rank. Collectives of NCCL wait for half an hour without a word, and nothing else looks meanwhile. It
-also stops the run, as SIGTERM would, when the launcher is gone: `deepspeed` on one node does not pass SIGTERM on, and
-its ranks would train on with nobody to end them.
+A thread of each rank. Collectives of NCCL wait for half an hour without a word, and nothing else looks meanwhile.
 """
 
 import os
@@ -15,12 +13,12 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback
 
-from launch.processes import on_all_ranks, rank, say, world_size
+from launch.launcher import alive
+from launch.processes import on_all_ranks, rank, world_size
 
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
@@ -39,6 +37,7 @@ class Watchdog(TrainerCallback):
         self.limit, self.code = limit, code
         self._main = threading.main_thread().ident
         self._over = threading.Event()
+        self._first_to_ask = True  # until the store says otherwise; it may be what is lost
         self.beat("starting", storage=True)
 
     def beat(self, doing: str, storage: bool = False) -> None:
@@ -49,15 +48,16 @@ class Watchdog(TrainerCallback):
     def __enter__(self) -> "Watchdog":
         processes = on_all_ranks(lambda: (socket.gethostname(), os.getpid()))
         here = socket.gethostname()
-        self._launchers = _launchers()
         self._peers = {r: pid for r, (host, pid) in enumerate(processes) if host == here and r != rank()}
-        alone = not dist.is_initialized() or world_size() == 1
-        self._store = None if alone else dist.PrefixStore("watchdog", _get_default_store().clone())
+        self._store = self._own_store()
+        self._answering = threading.Thread(target=self._answer, args=(self._own_store(),), daemon=True)
+        self._answering.start()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         self._over.set()
+        self._answering.join(ANSWER_SECONDS)  # Python must not end while it is in the store's C++: that aborts
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.beat(f"step {state.global_step + 1}")
@@ -77,16 +77,12 @@ class Watchdog(TrainerCallback):
     def _watch(self) -> None:
         missed = set()
         while not self._over.wait(LOOK_SECONDS):
-            gone = {r for r, pid in self._peers.items() if not _alive(pid)}
+            gone = {r for r, pid in self._peers.items() if not alive(pid)}
             if lost := gone & missed:  # twice, so that ranks which leave together do not accuse one another
                 if rank() == min({rank(), *self._peers} - lost):
                     self._say(f"rank(s) {sorted(lost)} are gone during {self._doing}")
                 os._exit(self.code)
             missed = gone
-            if not all(map(_alive, self._launchers)):
-                self._launchers = []
-                say("the launcher is gone: stopping as on SIGTERM")
-                os.kill(os.getpid(), signal.SIGTERM)
             if self.limit and time.monotonic() - self._since > self._patience:
                 self._stalled()
 
@@ -97,7 +93,7 @@ class Watchdog(TrainerCallback):
             asking = threading.Thread(target=self._ask, args=(here, answers), daemon=True)
             asking.start()
             asking.join(2 * ANSWER_SECONDS)
-        if rank() == min(answers):
+        if self._first_to_ask:
             silent = "does not answer: stopped, or its node is lost"
             waits = "".join(f"\n  rank {other} {answers.get(other, silent)}" for other in range(world_size()))
             waited = time.monotonic() - self._since
@@ -112,8 +108,23 @@ class Watchdog(TrainerCallback):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def _own_store(self) -> dist.Store | None:
+        """A connection to what the ranks share besides collectives, for one thread; None if there is but one rank."""
+        if not dist.is_initialized() or world_size() == 1:
+            return None
+        return dist.PrefixStore("watchdog", _get_default_store().clone())
+
+    def _answer(self, store: dist.Store | None) -> None:
+        """Say where this rank is once another asks. In a thread of its own: the store may be what is lost."""
+        with suppress(RuntimeError):
+            while not self._over.wait(LOOK_SECONDS):
+                if store is not None and store.check(["asking"]):
+                    store.set(str(rank()), where(sys._current_frames().get(self._main)))
+                    return
+
     def _ask(self, here: str, answers: dict[int, str]) -> None:
         self._store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+        self._first_to_ask = self._store.add("asking", 1) == 1
         self._store.set(str(rank()), here)
         until = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < until and len(answers) < world_size():
@@ -146,30 +157,3 @@ def where(frame) -> str:
 
 def _short(path: Path) -> str:
     return "/".join(path.parts[-3:])
-
-
-def _launchers() -> list[int]:
-    """The process that started this one as a rank, and deepspeed's own above it; none for a run started by hand."""
-    found = []
-    if "RANK" not in psutil.Process().environ():  # as it was when this process began
-        return found
-    for process in psutil.Process().parents():
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            words = []
-        if found and not any(Path(word).name == "deepspeed" or "deepspeed.launcher" in word for word in words[1:4]):
-            break
-        found.append(process.pid)
-    return found
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this host still runs; a zombie, whose parent has not looked yet, does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state not in "ZX"
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True

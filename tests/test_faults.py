@@ -69,6 +69,18 @@ def test_sigterm_saves_and_stops(folder, untouched):
     assert weights(folder / "terminated") == untouched
 
 
+def test_sigterm_before_anything_has_begun(folder):
+    """While libraries are imported and data is read there is nothing to save, and nobody may stay."""
+    launch = Launch(folder, "early", LAYOUT)
+    try:
+        assert launch.until(lambda: len(launch.ranks()) == 2, START_SECONDS), launch.said()
+        launch.launcher.terminate()
+        assert launch.gone() is not None, f"still there: {launch.processes()}"
+    finally:
+        launch.end()
+    assert not list((folder / "early").glob("checkpoint-*")), launch.said()[-3000:]
+
+
 def test_sigterm_to_one_rank_stops_all(folder):
     launch = fault(folder, "one-rank", 3, lambda launch: launch.ranks()[1].terminate())
     last = step_of(checkpoints(folder / "one-rank")[0])

@@ -1,0 +1,70 @@
+"""The processes that started this one as a rank: once they are gone, it stops as on SIGTERM.
+
+`deepspeed` on one node does not pass SIGTERM on, and its ranks would train on with nobody to end them. They are noted
+before anything slow is imported, since afterwards it may be too late to see who they were.
+"""
+
+import base64
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+LOOK_SECONDS = 1.0
+
+
+def follow_launcher() -> None:
+    """Watch the launcher from now on, in a thread; nothing for a process that nobody started as a rank."""
+    if "RANK" not in psutil.Process().environ():  # as it was when this process began
+        return
+    launchers, orphan = _launchers()
+    threading.Thread(target=_follow, args=(launchers, orphan), daemon=True).start()
+
+
+def _follow(launchers: list[int], orphan: bool) -> None:
+    while not orphan and all(map(alive, launchers)):
+        time.sleep(LOOK_SECONDS)
+    if os.environ.get("RANK") == "0":
+        print("the launcher is gone: stopping as on SIGTERM", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _launchers() -> tuple[list[int], bool]:
+    """The process that started this one, and deepspeed's own above it; whether the latter is gone already."""
+    found, local = [], False
+    for process in psutil.Process().parents():
+        words = []
+        with suppress(psutil.Error):
+            words = process.cmdline()
+        deepspeed = any(Path(word).name == "deepspeed" or "deepspeed.launcher" in word for word in words[1:4])
+        if found and not deepspeed:
+            break
+        found.append(process.pid)
+        local = local or _starts_one_node(words)
+    return found, local and len(found) == 1
+
+
+def _starts_one_node(words: list[str]) -> bool:
+    """Whether this is the process that `deepspeed` has on a node to start its ranks, and the node is the only one."""
+    for word in words:
+        if word.startswith("--world_info="):
+            with suppress(ValueError):
+                return list(json.loads(base64.urlsafe_b64decode(word.partition("=")[2]))) == ["localhost"]
+    return False
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this host still runs; a zombie, whose parent has not looked yet, does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
