@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from launch.deepspeed_file import check_file, read_file
 from launch.errors import UserError
 from launch.options import SftOptions
 
@@ -14,19 +15,17 @@ def deepspeed_config(options: SftOptions, path: str | None, world_size: int | No
     """The configuration, with `tensor_parallel.autotp_size` filled in, and `options.tp` set to what it says.
 
     Batch sizes, learning rate and precision stay `"auto"`: they are the recipe's. Raises `UserError` for a file
-    that cannot be read, contradicts `--tp` or `--zero`, or asks for more tensor-parallel ranks than there are
-    (`world_size`; None where the run is only looked at).
+    that cannot be read, says what DeepSpeed does not know or take (`launch.deepspeed_file`), contradicts `--tp` or
+    `--zero`, or asks for more tensor-parallel ranks than there are (`world_size`; None where the run is only looked
+    at).
     """
-    config = _read(path, options) if path else _built_in(options)
-    for key in ("tensor_parallel", "zero_optimization"):
-        if not isinstance(config.get(key, {}), dict):
-            raise UserError(f"--deepspeed {path}: {key} must be an object, got {config[key]!r}")
+    config = _built_in(options) if path is None else _read(path, options)
     tensor_parallel = config.get("tensor_parallel", {})
     size = tensor_parallel.get("autotp_size", 1)
-    if size != "auto" and (not isinstance(size, int) or isinstance(size, bool)):
-        raise UserError(f'--deepspeed {path}: autotp_size must be an integer or "auto", got {size!r}')
     if size == "auto":
         size = tensor_parallel["autotp_size"] = options.tp
+    if size < 1:
+        raise UserError(f"--deepspeed {path}: tensor_parallel.autotp_size must be at least 1, got {size}")
     if size > 1 and options.tp not in (1, size):
         raise UserError(f"{path} says autotp_size {size} and --tp says {options.tp}; keep one of them")
     if options.tp > 1 and size <= 1:
@@ -41,11 +40,25 @@ def deepspeed_config(options: SftOptions, path: str | None, world_size: int | No
             f"tensor parallelism {options.tp} does not divide the {world_size} process(es) of this run; start "
             f"{options.tp} or a multiple of it (deepspeed --num_gpus {options.tp} launch/sft.py ...)"
         )
-    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if options.tp > 1 or config["zero_optimization"]["stage"] == 3:
+    zero = config["zero_optimization"]
+    zero["stage"] = int(zero.get("stage", 0))
+    _check_batch(config, options.tp, path)
+    if options.tp > 1 or zero["stage"] == 3:
         # without it Trainer.save_model writes no weights at all
-        config["zero_optimization"]["gather_16bit_weights_on_model_save"] = True
+        zero["gather_16bit_weights_on_model_save"] = True
     return config
+
+
+def _check_batch(config: dict, tp: int, path: str | None) -> None:
+    """DeepSpeed works it out of the other two; transformers would count tensor-parallel ranks as data-parallel."""
+    size = config.get("train_batch_size", "auto")
+    if size == "auto":
+        config.pop("train_batch_size", None)
+    elif tp > 1:
+        raise UserError(
+            f"--deepspeed {path}: train_batch_size {size} cannot be held to the recipe under tensor parallelism; "
+            "leave it out, it follows from the micro-batch, the accumulation steps and the data-parallel ranks"
+        )
 
 
 def _built_in(options: SftOptions) -> dict:
@@ -55,12 +68,13 @@ def _built_in(options: SftOptions) -> dict:
 
 
 def _read(path: str, options: SftOptions) -> dict:
-    if options.zero is not None or options.offload:
+    """The user's own file, with what it leaves to the recipe said as the built-in files say it."""
+    if path and (options.zero is not None or options.offload):
         raise UserError(f"--deepspeed {path} already says the ZeRO stage; leave out --zero and --offload")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
-        raise UserError(f"--deepspeed {path} is not a readable JSON file: {fault}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
+    config = read_file(path)
+    check_file(config, f"--deepspeed {path}")
+    for key, value in json.loads((DS_CONFIGS / "zero0.json").read_text()).items():
+        config.setdefault(key, value)
+    for precision in ("bf16", "fp16"):
+        config[precision].setdefault("enabled", "auto")
     return config
