@@ -1,15 +1,22 @@
 """The model and tokenizer of a run: loaded, or built from a configuration and trained on the data."""
 
-import difflib
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import deepspeed_config
 
 from launch.data.tokenization import train_tokenizer
 from launch.errors import UserError
+from launch.model_config import build_model, one_line
 from launch.options import SftOptions
 from smoothing.install import causal_lm, check_model
 
@@ -18,8 +25,11 @@ def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or one trained on `texts()`."""
     if options.model is None:
         return train_tokenizer(texts(), options.tokenizer_size)
+    _check_there(options.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    except StrictDataclassError as fault:
+        raise UserError(f"--model {options.model}: its config.json: {one_line(fault)}") from None
     except (OSError, ValueError) as fault:
         raise UserError(f"no tokenizer could be loaded from --model {options.model}: {_first_line(fault)}") from None
     if tokenizer.eos_token_id is None:
@@ -36,10 +46,13 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal LM to train.
 
-    Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks, and `UnsupportedModel` if it is none
-    for `--head`, as `install_smoothed_loss` would once training has begun.
+    Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks, if it looks ahead or knows fewer
+    positions than `--max_length`, and `UnsupportedModel` if it is none for `--head`, as `install_smoothed_loss` would
+    once training has begun.
     """
-    model = _loaded(options, dtype) if options.model is not None else _built(options, tokenizer, dtype, seed)
+    model = _loaded(options, dtype) if options.model is not None else build_model(options, tokenizer, dtype, seed)
+    _check_causal(model.config)
+    _check_length(model.config, options.max_length)
     _check_split(model.config, options.tp)
     _check_vocabulary(model.config, tokenizer)
     check_model(causal_lm(model), options.head)
@@ -48,11 +61,14 @@ def load_model(
 
 
 def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
+    _check_there(options.model)
     try:
         with _without_tensor_parallel():
             return AutoModelForCausalLM.from_pretrained(
                 options.model, dtype=dtype, trust_remote_code=options.trust_remote_code
             )
+    except StrictDataclassError as fault:
+        raise UserError(f"--model {options.model}: its config.json: {one_line(fault)}") from None
     except (OSError, ValueError) as fault:
         raise UserError(f"--model {options.model} could not be loaded: {_first_line(fault)}") from None
 
@@ -73,29 +89,41 @@ def _without_tensor_parallel():
             config["tensor_parallel"] = hidden
 
 
-def _built(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    values = dict(options.model_config)
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise UserError("--model_config needs a model_type, for example llama")
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    try:
-        values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | special | values
-        config = AutoConfig.for_model(model_type, **values)
-        _check_keys(options.model_config, type(config))
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, StrictDataclassError) as fault:
-        raise UserError(f"--model_config: {_first_line(fault)}") from None
+def _check_there(model: str) -> None:
+    """transformers asks the hub for what is no directory, and then speaks of a repository's name."""
+    path = Path(model)
+    if path.is_file():
+        raise UserError(f"--model {model} is a file; name the directory that it stands in")
+    if not path.exists() and (model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1):
+        raise UserError(f"--model {model}: there is no such directory")
 
 
-def _check_keys(given: dict, config_class: type) -> None:
-    """transformers takes a misspelt key in silence, and the model is not the one that was asked for."""
-    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
-    for name in given.keys() - known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--model_config: unknown key {name!r} for {config_class.model_type}{hint}")
+def _check_causal(config) -> None:
+    """An encoder that is asked for as a decoder sees the tokens that it is to predict, and its loss goes to 0."""
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False:
+        raise UserError(
+            f"{config.model_type} is an encoder, which looks ahead; its configuration needs is_decoder true"
+        )
+
+
+def _check_length(config, max_length: int) -> None:
+    limit = _positions(config.get_text_config())
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"--max_length {max_length} is more than the model's max_position_embeddings {limit}; use at most {limit}"
+        )
+
+
+def _positions(config) -> int | None:
+    """The positions that a model knows, with those that a scaling of its rotary embedding adds."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    for scaling in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+        if isinstance(scaling, dict) and isinstance(factor := scaling.get("factor"), int | float):
+            limit = max(limit, int(factor * (scaling.get("original_max_position_embeddings") or limit)))
+    return limit
 
 
 def _check_split(config, tp: int) -> None:

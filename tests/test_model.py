@@ -1,5 +1,8 @@
 """A model from a configuration: mistakes are sentences; and an export is held to what the configuration says."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,20 +34,64 @@ def test_the_vocabulary_is_the_tokenizers_and_the_seed_decides(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("values", "word"),
+    ("values", "words"),
     [
-        ({"hiden_size": 32}, "did you mean 'hidden_size'"),
-        ({"hidden_size": "abc"}, "hidden_size"),
-        ({"hidden_size": 30}, "--model_config"),
-        ({"model_type": "lama"}, "lama"),
-        ({"model_type": "vit", "hidden_size": 30}, "--model_config"),
-        ({"vocab_size": 10}, "vocabulary of 10"),
-        ({"model_type": None}, "model_type"),
+        ({"hiden_size": 32}, ("unknown key 'hiden_size'", "did you mean 'hidden_size'")),
+        ({"hidden_size": "abc"}, ("hidden_size", "expected int", "'abc'")),
+        ({"hidden_size": 30}, ("hidden size (30) is not a multiple", "heads (4)")),
+        ({"hidden_size": 0}, ("hidden_size must be at least 1", "got 0")),
+        ({"hidden_size": -32}, ("hidden_size must be at least 1", "got -32")),
+        ({"num_hidden_layers": 0}, ("num_hidden_layers must be at least 1",)),
+        ({"num_hidden_layers": 10**9}, ("num_hidden_layers must be at most",)),
+        ({"num_attention_heads": 0}, ("num_attention_heads must be at least 1",)),
+        ({"num_key_value_heads": 0}, ("num_key_value_heads must be at least 1",)),
+        ({"num_key_value_heads": 3}, ("num_attention_heads 4", "multiple of num_key_value_heads 3")),
+        ({"hidden_act": "sillu"}, ("hidden_act: there is no 'sillu'", "did you mean 'silu'")),
+        ({"rope_parameters": {"rope_type": "yarm"}}, ("rope_parameters.rope_type: there is no 'yarm'", "'yarn'")),
+        ({"initializer_range": -1.0}, ("initializer_range must be at least 0",)),
+        ({"dtype": "float99"}, ("dtype must be one of torch's", "'float99'", "did you mean 'float")),
+        ({"vocab_size": 10**12}, ("parameters take", "this machine has ", "vocab_size")),
+        ({"vocab_size": 10**19}, ("--model_config",)),
+        ({"model_type": "lama"}, ("unknown model_type 'lama'", "did you mean 'llama'")),
+        ({"model_type": "Zz"}, ("unknown model_type 'Zz'", "llama")),
+        ({"model_type": ["llama"]}, ("unknown model_type ['llama']",)),
+        ({"model_type": "vit"}, ("'vit' is no causal language model",)),
+        ({"model_type": "bert"}, ("bert is an encoder", "is_decoder true")),
+        ({"model_type": "reformer"}, ("--model_config",)),
+        ({"vocab_size": 10}, ("vocabulary of 10",)),
+        ({"model_type": None}, ("needs a model_type",)),
+        ({"max_position_embeddings": 100}, ("--max_length 512", "max_position_embeddings 100")),
     ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_mistakes_in_a_configuration(tokenizer, values, word):
-    with pytest.raises(UserError, match=word):
+def test_mistakes_in_a_configuration(tokenizer, values, words):
+    with pytest.raises(UserError) as fault:
         build(tokenizer, **values)
+    assert "\n" not in str(fault.value) and len(str(fault.value)) < 600
+    for word in words:
+        assert word in str(fault.value)
+
+
+def test_what_is_no_mistake_in_a_configuration(tokenizer):
+    assert build(tokenizer, model_type="bert", is_decoder=True).config.is_decoder
+    assert build(tokenizer, dtype="bfloat16").dtype == torch.float32  # the recipe's
+    assert build(tokenizer, model_type="gpt_neox").config.model_type == "gpt_neox"
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert build(tokenizer, max_position_embeddings=128, rope_parameters=yarn).config.max_position_embeddings == 128
+
+
+def test_a_model_larger_than_the_memory_is_refused_where_no_rank_shares_it(tokenizer, monkeypatch):
+    size = sum(p.numel() * p.element_size() for p in build(tokenizer).parameters())
+    for there, fits in ((size, True), (size - 1, False)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda there=there: SimpleNamespace(total=there))
+        if fits:
+            build(tokenizer)
+        else:
+            with pytest.raises(UserError, match="this machine has"):
+                build(tokenizer)
+    monkeypatch.setattr("launch.model_config.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("launch.model_config.world_size", lambda: 2)
+    build(tokenizer)
 
 
 def test_more_ranks_than_heads(tokenizer):
@@ -66,6 +113,34 @@ def test_a_model_that_is_not_there(tokenizer):
         load_model(options, tokenizer, torch.float32, seed=0)
     with pytest.raises(UserError, match=r"\./nowhere"):
         load_tokenizer(options, list)
+
+
+@pytest.mark.parametrize("model", ["/nope/x", "a/b/c", "~/nowhere", "nowhere/"])
+def test_a_path_that_is_not_there(tokenizer, model):
+    with pytest.raises(UserError, match=f"--model {model}: there is no such directory"):
+        load_tokenizer(SftOptions(model=model), list)
+    with pytest.raises(UserError, match=f"--model {model}: there is no such directory"):
+        load_model(SftOptions(model=model), tokenizer, torch.float32, seed=0)
+
+
+def test_a_model_that_is_a_file(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file"):
+        load_tokenizer(SftOptions(model=str(tmp_path / "model.safetensors")), list)
+
+
+def test_a_saved_model_is_held_to_max_length_and_to_its_configuration(tokenizer, tmp_path):
+    build(tokenizer).save_pretrained(tmp_path)
+    options = SftOptions(model=str(tmp_path), max_length=2049)
+    with pytest.raises(UserError, match=r"--max_length 2049 .* max_position_embeddings 2048"):
+        load_model(options, tokenizer, torch.float32, seed=0)
+    options.max_length = 2048
+    load_model(options, tokenizer, torch.float32, seed=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 30}))
+    for load in (load_tokenizer, lambda *_: load_model(options, tokenizer, torch.float32, seed=0)):
+        with pytest.raises(UserError, match=r"config\.json: .*hidden size \(30\)"):
+            load(options, list)
 
 
 @pytest.mark.parametrize("break_", ["missing", "shard", "extra", "none"])
