@@ -9,6 +9,8 @@ from launch.options import SftOptions
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 DEFAULT_STAGE = 1
+GATHER = "gather_16bit_weights_on_model_save"
+OTHER_NAMES = (f"stage3_{GATHER}", "stage3_gather_fp16_weights_on_model_save")  # DeepSpeed takes one of them
 
 
 def deepspeed_config(options: SftOptions, path: str | None, world_size: int | None) -> dict:
@@ -45,7 +47,9 @@ def deepspeed_config(options: SftOptions, path: str | None, world_size: int | No
     _check_batch(config, options.tp, path)
     if options.tp > 1 or zero["stage"] == 3:
         # without it Trainer.save_model writes no weights at all
-        zero["gather_16bit_weights_on_model_save"] = True
+        for name in OTHER_NAMES:
+            zero.pop(name, None)
+        zero[GATHER] = True
     return config
 
 

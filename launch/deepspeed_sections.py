@@ -1,6 +1,5 @@
 """Sections of a DeepSpeed file, held to DeepSpeed's own models and signatures: their keys, types and choices."""
 
-import difflib
 import inspect
 import json
 import re
@@ -14,6 +13,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from pydantic import BaseModel, ValidationError
 
 from launch.errors import UserError
+from launch.nearest import nearest
 
 AUTO = "auto"
 # what transformers fills in (HfTrainerDeepSpeedConfig); any other "auto" would reach an optimizer as a word
@@ -28,12 +28,6 @@ SWITCHES = {"adam": ADAM_SWITCHES, "adamw": ADAM_SWITCHES}
 
 def unknown_key(where: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"{where}: unknown key {name!r}{nearest(name, known)}")
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """`; did you mean 'this'?`, or nothing where there is nothing like it."""
-    near = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_object(given: Any, where: str) -> None:

@@ -21,9 +21,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import set_zero3_state
 
-from launch.deepspeed_sections import nearest
 from launch.errors import UserError
 from launch.memory import GIB
+from launch.nearest import nearest
 from launch.options import SftOptions
 from launch.processes import world_size
 

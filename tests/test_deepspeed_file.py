@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from launch.deepspeed_config import DS_CONFIGS, deepspeed_config
 from launch.deepspeed_file import _known
@@ -159,6 +160,15 @@ def test_the_train_batch_size_follows_from_the_others(read):
     assert read({"train_batch_size": 8})["train_batch_size"] == 8
     with pytest.raises(UserError, match=r"train_batch_size 8 .* tensor parallelism"):
         read(tp | {"train_batch_size": 8})
+
+
+@pytest.mark.parametrize("name", ["", "stage3_", "fp16"])
+def test_weights_are_gathered_by_one_name(read, name):
+    said = (
+        "stage3_gather_fp16_weights_on_model_save" if name == "fp16" else f"{name}gather_16bit_weights_on_model_save"
+    )
+    made = DeepSpeedZeroConfig(**read(zero(stage=3, **{said: False}))["zero_optimization"])
+    assert made.gather_16bit_weights_on_model_save is True
 
 
 def test_no_file_is_named():
