@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.data.records import Record, Reject
+from launch.text import shortened
 
 FORMATS = {
     "already tokenised": ("input_ids", "labels"),
@@ -128,7 +129,7 @@ def _message(message: Any) -> dict[str, Any]:
         raise Reject("a message is not {role, content}")
     role = message["role"]
     if role not in ROLES:
-        raise Reject("unknown role", repr(role)[:40])
+        raise Reject("unknown role", shortened(repr(role)))
     content = _text(message, "content")
     if role == "assistant" and not content.strip():
         raise Reject("empty assistant message")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from launch.data.records import DataError, Record, Reject
+from launch.text import shortened
 
 GZIP_MAGIC = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
@@ -43,7 +44,7 @@ class StrictDecoder:
         fields = dict(pairs)
         if len(fields) < len(pairs):
             twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-            self._unusable.append(Reject("duplicate keys", twice))
+            self._unusable.append(Reject("duplicate keys", shortened(twice)))
         return fields
 
     def _constant(self, name: str) -> None:

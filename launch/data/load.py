@@ -15,7 +15,7 @@ from launch.data.readers import read_records
 from launch.data.records import DataError, DropReport, Record, Reject
 from launch.data.rows import IGNORED
 from launch.data.tokenization import train_tokenizer
-from launch.text import printable
+from launch.text import one_line, shortened
 
 SMALLEST_SPLIT = 20
 COLUMNS = datasets.Features(
@@ -175,7 +175,7 @@ def _to_examples(records: list[Record], formats: Counter[str], report: DropRepor
         format = detect_format(record.fields)
         try:
             if format is None:
-                raise Reject("unrecognised fields", ", ".join(map(str, list(record.fields)[:8])) or "none")
+                raise Reject("unrecognised fields", shortened(", ".join(map(str, record.fields))) or "none")
             examples.append(to_example(record, format))
             formats[format] += 1
         except Reject as reject:
@@ -188,7 +188,7 @@ def _require_rows(train: list[Example], records: list[Record], report: DropRepor
         return
     if records and all(detect_format(record.fields) is None for record in records):
         known = "; ".join(f"{format} ({', '.join(names)})" for format, names in FORMATS.items())
-        found = ", ".join(map(str, records[0].fields))
+        found = shortened(", ".join(map(str, records[0].fields)))
         raise DataError(
             f"No format is recognised. {records[0].where} has the fields {found}; "
             f"expected one of: {known}. Rename the fields."
@@ -226,5 +226,5 @@ def _encode_split(
             report.truncated.append(example.where)
         columns["input_ids"].append(row["input_ids"])
         columns["labels"].append(row["labels"])
-        columns["where"].append(printable(example.where))
+        columns["where"].append(one_line(example.where))
     return datasets.Dataset.from_dict(columns, features=COLUMNS)

@@ -10,6 +10,7 @@ import pyarrow.parquet
 
 from launch.data.jsonfile import GZIP_MAGIC, json_lines, json_list
 from launch.data.records import DataError, DropReport, Record, Reject
+from launch.text import shortened
 
 BINARY_MAGIC = (b"\x89PNG", b"PK\x03\x04", b"\x7fELF", b"%PDF", b"\xff\xd8\xff", b"\x80\x02", b"\x80\x04")
 TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
@@ -162,7 +163,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record | tuple[str, Rejec
 def _header(row: list[str], path: Path) -> list[str]:
     header = [name.strip() for name in row]
     if len(set(header)) < len(header) or "" in header:
-        raise DataError(f"{path}:1 was expected to name each column once, but it holds {header}.")
+        raise DataError(f"{path}:1 was expected to name each column once, but it holds {shortened(str(header))}.")
     return header
 
 

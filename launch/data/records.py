@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.errors import UserError
+from launch.text import one_line
 
 
 class DataError(UserError):
@@ -36,7 +37,11 @@ class Rejected:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return one_line(f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
+
+    def place(self) -> str:
+        """Where it is, and its particulars, for a line that names the reason."""
+        return one_line(f"{self.where} ({self.detail})" if self.detail else self.where)
 
 
 @dataclass
@@ -62,10 +67,10 @@ class DropReport:
         lines = [f"{len(self)} rows dropped"]
         for reason, count in self.counts().most_common():
             rows = [r for r in self.rejections if r.reason == reason][:examples]
-            shown = ", ".join(f"{r.where} ({r.detail})" if r.detail else r.where for r in rows)
+            shown = ", ".join(row.place() for row in rows)
             lines.append(f"  {count} x {reason}: {shown}" + (", ..." if count > len(rows) else ""))
         if self.truncated:
-            shown = ", ".join(self.truncated[:examples])
+            shown = ", ".join(map(one_line, self.truncated[:examples]))
             more = ", ..." if len(self.truncated) > examples else ""
             lines.append(f"{len(self.truncated)} prompts shortened from the left (rows kept): {shown}{more}")
         return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from launch.data.formats import TokenExample
 from launch.data.records import Reject
+from launch.text import shortened
 
 IGNORED = -100
 
@@ -58,7 +59,7 @@ def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> R
         raise Reject(f"row longer than max_length {max_length}", f"{len(ids)} tokens")
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
-        raise Reject(f"input_ids outside [0, {vocab_size})", str(outside[0]))
+        raise Reject(f"input_ids outside [0, {vocab_size})", shortened(str(outside[0])))
     # Models shift labels themselves: a label says nothing but "this input id is to be learned".
     if any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
         raise Reject(f"labels are neither {IGNORED} nor the input id at their place (shifted already?)")
