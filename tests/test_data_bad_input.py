@@ -206,12 +206,24 @@ def test_bad_csv_row_is_counted(tmp_path, line, reason):
     assert [(r.where, r.reason) for r in report.rejections] == [(f"{path}:4", reason)]
 
 
-def test_csv_quote_that_never_ends(tmp_path):
+QUOTES = {
+    "in its first line": (b'"c,d\n' + b"e,f\n" * 499, "a quote opened at line 3 is never closed: 500 lines are lost"),
+    "in a later line": (b'"c\nd","e\n\nf', "a quote opened at line 4 is never closed: 4 lines are lost with it"),
+    "at the end": (b'c,"', "a quote opened at line 3 is never closed: 1 line is lost with it"),
+    "doubled": (b'"c ""d"" e\r\n', "a quote opened at line 3 is never closed: 1 line is lost with it"),
+    "closed by another": (b'"c,d\ne,f\n"g,h\n', "',' expected after '\"', line 5: 3 lines are lost with it"),
+}
+
+
+@pytest.mark.parametrize(("lines", "detail"), QUOTES.values(), ids=QUOTES)
+def test_csv_quote_that_is_not_closed(tmp_path, lines, detail):
     path = tmp_path / "a.csv"
-    path.write_bytes(b'prompt,completion\na,b\n"c,d\ne,f\n')
+    path.write_bytes(b"prompt,completion\na,b\n" + lines)
     report = DropReport()
     assert len(read_records(str(path), report)) == 1
-    assert [(r.where, r.reason) for r in report.rejections] == [(f"{path}:3", "broken CSV")]
+    (rejected,) = report.rejections
+    assert (rejected.where, rejected.reason) == (f"{path}:3", "broken CSV")
+    assert rejected.detail.startswith(detail)
 
 
 JSON_LISTS = {
@@ -232,6 +244,22 @@ def test_json_list_names_lines(tmp_path, content, kept, dropped):
     records = read_records(str(path), report)
     assert [record.where for record in records] == [f"{path}:{line}" for line in kept]
     assert [r.where for r in report.rejections] == [f"{path}:{dropped}"]
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array([text]) for text in "abc"]
+    pyarrow.parquet.write_table(pyarrow.table(columns, ["prompt", "completion", "prompt"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet has two columns named 'prompt'"):
+        read_records(str(path), DropReport())
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.parquet"])
+def test_gzip_under_another_name_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(GOOD))
+    with pytest.raises(DataError, match=r"holds gzip; unpack it, or name it \.jsonl\.gz"):
+        read_records(str(path), DropReport())
 
 
 def test_parquet_with_null_and_number(tmp_path, tokenizer):

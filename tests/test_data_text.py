@@ -75,8 +75,9 @@ def test_what_a_row_holds_is_cut_in_the_report(tmp_path, line):
 
 def test_what_a_file_holds_is_cut_in_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text(LONG["names of fields"])
-    (tmp_path / "a.csv").write_text(",".join([*MANY, "column7"]) + "\n")
+    (tmp_path / "a.csv").write_text(",".join([*MANY, "column7" + "7" * 10**6, "column7" + "7" * 10**6]) + "\n")
     for name, reader in (("a.jsonl", read_examples), ("a.csv", lambda path: read_records(path, DropReport()))):
-        with pytest.raises(DataError, match=r"column\d.*\.\.\.") as caught:
+        with pytest.raises(DataError) as caught:
             reader(str(tmp_path / name))
-        assert len(str(caught.value)) < 500 + len(str(tmp_path))
+        length = len(str(caught.value))
+        assert length < 500 + len(str(tmp_path)) and "column7" in str(caught.value)

@@ -4,7 +4,7 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,12 +43,16 @@ class StrictDecoder:
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-            self._unusable.append(Reject("duplicate keys", shortened(twice)))
+            self._unusable.append(Reject("duplicate keys", shortened(repeated(key for key, _ in pairs))))
         return fields
 
     def _constant(self, name: str) -> None:
         self._unusable.append(Reject("broken JSON", f"{name} is not JSON"))
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def json_lines(path: Path) -> Iterator[Record | tuple[str, Reject]]:

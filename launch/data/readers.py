@@ -8,11 +8,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from launch.data.jsonfile import GZIP_MAGIC, json_lines, json_list
+from launch.data.jsonfile import GZIP_MAGIC, json_lines, json_list, repeated
 from launch.data.records import DataError, DropReport, Record, Reject
 from launch.text import shortened
 
 BINARY_MAGIC = (b"\x89PNG", b"PK\x03\x04", b"\x7fELF", b"%PDF", b"\xff\xd8\xff", b"\x80\x02", b"\x80\x04")
+UNCLOSED = "unexpected end of data"  # what csv says of nothing but a quote
 TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
 
 
@@ -79,9 +80,11 @@ def _refuse_binary(path: Path) -> None:
         head = file.read(4096)
     if not head:
         raise DataError(f"{path} was expected to hold records, but it is empty.")
+    compressed = head.startswith(GZIP_MAGIC)
+    if compressed and _reader(path) is not json_lines:
+        raise DataError(f"{path} holds gzip; unpack it, or name it .jsonl.gz if it holds JSON lines.")
     if _reader(path) is _parquet:
         return
-    compressed = head.startswith(GZIP_MAGIC)
     if path.suffix.lower() == ".gz" and not compressed:
         raise DataError(f"{path} was expected to be gzip, but it is not; remove .gz or compress it.")
     controls = sum(byte < 32 and byte not in TEXT_CONTROLS for byte in head)
@@ -114,6 +117,9 @@ def _read_directory(path: Path, report: DropReport, strict: bool) -> list[Record
 def _parquet(path: Path) -> Iterator[Record]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            twice = repeated(file.schema_arrow.names)
+            if twice is not None:  # rows as dicts would hold the last of the two
+                raise DataError(f"{path} has two columns named {shortened(repr(twice))}; rename or drop one.")
             number = 0
             for batch in file.iter_batches():
                 for fields in batch.to_pylist():
@@ -134,18 +140,24 @@ def _tsv(path: Path) -> Iterator[Record | tuple[str, Reject]]:
 def _separated(path: Path, delimiter: str) -> Iterator[Record | tuple[str, Reject]]:
     # Bytes that are not UTF-8 become lone surrogates, so that only their own row is lost.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    lines = list(io.StringIO(text, newline=""))
     limit = csv.field_size_limit(len(text) + 1)
     try:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
         header = None
         while True:
-            where = f"{path}:{rows.line_num + 1}"
+            first = rows.line_num
+            where = f"{path}:{first + 1}"
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield where, Reject("broken CSV", f"{error}, line {rows.line_num}")
+                if str(error) == UNCLOSED:
+                    detail = _unclosed(lines[first:], first, delimiter)
+                else:
+                    detail = f"{error}, line {rows.line_num}: {_lost(rows.line_num - first)} with it"
+                yield where, Reject("broken CSV", detail)
                 continue
             if not row:
                 continue
@@ -160,10 +172,24 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record | tuple[str, Rejec
         csv.field_size_limit(limit)
 
 
+def _unclosed(lines: list[str], before: int, delimiter: str) -> str:
+    """Where the quote is opened that is never closed in the last `lines` of a file, and what it costs."""
+    # read with forgiveness, its field is the last one and reaches to the end
+    *_, field = next(csv.reader(lines, delimiter=delimiter))
+    opened = before + len(lines) - max(1, len(list(io.StringIO(field, newline="")))) + 1
+    return f"a quote opened at line {opened} is never closed: {_lost(len(lines))} with it"
+
+
+def _lost(lines: int) -> str:
+    return f"{lines} lines are lost" if lines > 1 else "1 line is lost"
+
+
 def _header(row: list[str], path: Path) -> list[str]:
     header = [name.strip() for name in row]
-    if len(set(header)) < len(header) or "" in header:
-        raise DataError(f"{path}:1 was expected to name each column once, but it holds {shortened(str(header))}.")
+    twice = "" if "" in header else repeated(header)
+    if twice is not None:
+        found = f"{shortened(repr(twice))} twice" if twice else "a column without a name"
+        raise DataError(f"{path}:1 was expected to name each column once, but it holds {found}.")
     return header
 
 
