@@ -19,6 +19,7 @@ COMMON = {
     "eval_strategy": "no",
     "eval_on_start": False,
     "save_strategy": "no",
+    "max_length": 96,
     "samples": 0,
 }
 # tensor parallelism, accumulation, ZeRO stage
