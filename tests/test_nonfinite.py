@@ -101,3 +101,14 @@ def test_stopped_by_default(folder, layout):
     assert f"rows.jsonl:{BAD_ROW} is not finite. The update was not made and the run stops" in said
     assert "Traceback" not in said
     assert not (folder / f"stopped-{name(layout)}" / "model").exists()
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(folder):
+    """A step whose loss and gradients were finite makes them, at a learning rate out of all reason."""
+    good = [line for line in (folder / "rows.jsonl").read_text().splitlines() if str(POISON) not in line]
+    (folder / "good.jsonl").write_text("\n".join(good) + "\n")
+    reckless = {"data": folder / "good.jsonl", "learning_rate": 1e38, "warmup_steps": 0, "max_steps": 1}
+    for output, more in (("unsaved", {"save_strategy": "steps", "save_steps": 1}), ("unexported", {})):
+        said = launch_many(folder, 2, [command(folder, (1, 1, 1), output, **reckless, **more)], code=2)
+        assert "the weights are not finite any more (" in said and "Traceback" not in said
+        assert not list((folder / output).glob("checkpoint-*")) and not (folder / output / "model").exists()
