@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ class Bench:
     def train(self, head: str, rows: int, steps: int) -> Speed:
         """A real start. Raises `OutOfMemory` if it was too large."""
         output = self.folder / "run"
-        subprocess.run(["rm", "-rf", output], check=True)
+        shutil.rmtree(output, ignore_errors=True)
         launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=1")
         values = {"head": head, "per_device_train_batch_size": rows, "max_steps": steps, "output_dir": output}
         values |= {"logging_steps": 2, "save_strategy": "no"}

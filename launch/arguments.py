@@ -7,7 +7,6 @@ from collections.abc import Callable
 from launch.errors import UserError
 
 Holds = Callable[[float], bool]
-FINITE: tuple[Holds, str] = (math.isfinite, "a finite number")
 POSITIVE: tuple[Holds, str] = (lambda x: 0 < x < math.inf, "a finite number above 0")
 NOT_NEGATIVE: tuple[Holds, str] = (lambda x: 0 <= x < math.inf, "a finite number of at least 0")
 AT_LEAST_1: tuple[Holds, str] = (lambda x: x >= 1, "at least 1")

@@ -8,6 +8,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from launch.files import write_whole
+
 WRITTEN = {
     "loss": "loss",
     "nll": "nll",
@@ -30,7 +32,7 @@ class ResolvedDeepSpeed(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             config = json.dumps(args.hf_deepspeed_config.config, indent=2, default=str)
-            (Path(args.output_dir) / "deepspeed.json").write_text(config + "\n", encoding="utf-8")
+            write_whole(Path(args.output_dir) / "deepspeed.json", config + "\n")
 
 
 def finite(value: float) -> float | None:

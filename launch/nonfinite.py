@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from launch.errors import UserError
@@ -61,9 +62,18 @@ class NonFiniteSteps:
 
 def not_finite(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Names of the weights that hold an infinity or NaN. Under ZeRO 3 a rank looks at its own part of each."""
-    parts = [(name, getattr(weight, "ds_tensor", weight).detach()) for name, weight in weights]
+    parts = [(name, _own_part(weight)) for name, weight in weights]
     finite = torch.stack([part.isfinite().all() for _, part in parts]).tolist() if parts else []
     return {name for (name, _), good in zip(parts, finite, strict=True) if not good}
+
+
+def _own_part(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight: under ZeRO 3 a part, without the padding, which nobody ever wrote."""
+    part = getattr(weight, "ds_tensor", None)
+    if part is None:
+        return weight.detach()
+    start = part.numel() * dist.get_rank(weight.ds_process_group)
+    return part.detach().flatten()[: max(0, weight.ds_numel - start)]
 
 
 def check_weights(weights: Iterable[tuple[str, Tensor]], before: set[str], lost: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from launch.arguments import check_values
 from launch.errors import UserError
 from smoothing.linear_loss import chunk_bytes_fault
 
@@ -133,7 +134,9 @@ def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict]:
     own = {f.name for f in fields(SftOptions)}
     options = SftOptions(**{name: value for name, value in values.items() if name in own})
     _check(options)
-    return options, {name: value for name, value in values.items() if name not in own}
+    training_values = {name: value for name, value in values.items() if name not in own}
+    check_values(training_values)
+    return options, training_values
 
 
 def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | None) -> dict:

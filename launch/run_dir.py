@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,15 @@ import yaml
 from launch import checkpoints, universal
 from launch.errors import UserError
 from launch.export import MODEL
+from launch.files import write_whole
 from launch.processes import from_main, say
 
 _locks: dict[Path, IO] = {}
 RUNS = Path("runs")
+LOCK = ".lock"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+WRITTEN = (LOCK, RECIPE, METRICS, "deepspeed.json", "samples.jsonl")
 
 # Keys that may change from one start of a run to the next: what it shows and keeps, how far it goes, and how the same
 # computation is laid out (`_check_facts` looks at that).
@@ -90,20 +92,33 @@ def _claim(wanted: str | None, recipe: dict) -> tuple[Path, bool]:
 def _claim_named(path: Path, recipe: dict) -> tuple[Path, bool]:
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; name a directory")
-    if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+    path.mkdir(parents=True, exist_ok=True)
+    entries = list(path.iterdir())
+    if linked := sorted(entry.name for entry in entries if _leads_away(entry)):
+        raise UserError(
+            f"--output_dir {path} has symbolic links where a run writes ({', '.join(linked)}), and it writes nowhere "
+            "else; remove them, or name another directory"
+        )
+    if any(not entry.name.startswith(".") for entry in entries):
         if not (path / RECIPE).is_file():
             raise UserError(f"--output_dir {path} holds files that are no run of this recipe; name another directory")
-        _compare(path, recipe)
+        if (path / MODEL).exists() or checkpoints.checkpoints(path):  # else a mended mistake starts it anew
+            _compare(path, recipe)
         return path, True
-    path.mkdir(parents=True, exist_ok=True)
     return path, False
+
+
+def _leads_away(entry: Path) -> bool:
+    """Whether a run would write through this; a model or checkpoint that lies elsewhere is read and left alone."""
+    written = entry.name in WRITTEN or entry.name.endswith(".partial") or (entry.name == MODEL and not entry.exists())
+    return written and entry.is_symlink()
 
 
 def _lock(path: Path) -> None:
     """Keep every other start out of this directory until this process ends."""
     if path.resolve() in _locks:
         return
-    file = (path / ".lock").open("w")
+    file = (path / LOCK).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -181,10 +196,10 @@ def _settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
     shutil.rmtree(path / f"{MODEL}.partial", ignore_errors=True)
     for leftover in path.glob(f"{checkpoints.REMOVED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    _replace(path / RECIPE, yaml.safe_dump(recipe, sort_keys=True))
+    write_whole(path / RECIPE, yaml.safe_dump(recipe, sort_keys=True))
     if (path / METRICS).exists():
         step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)
-        _replace(path / METRICS, "".join(_metrics_until(path / METRICS, step)) if checkpoint else "")
+        write_whole(path / METRICS, "".join(_metrics_until(path / METRICS, step)) if checkpoint else "")
 
 
 def _metrics_until(path: Path, step: int) -> list[str]:
@@ -197,13 +212,3 @@ def _metrics_until(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

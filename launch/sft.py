@@ -25,7 +25,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from launch.arguments import check_values
 from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.checkpoints import reading
 from launch.data.blanks import fill_to_multiple
@@ -34,12 +33,14 @@ from launch.deepspeed_config import deepspeed_config
 from launch.ending import run_to_its_end
 from launch.errors import UserError
 from launch.export import MODEL, export
+from launch.files import write_whole
+from launch.layout import layout
 from launch.milestones import Milestones
 from launch.model import load_model
 from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
-from launch.processes import ensure_environment, from_main, is_main, on_all_ranks, say, say_log, world_size
+from launch.processes import ensure_environment, from_main, is_main, say, say_log, world_size
 from launch.run_dir import Run, open_run
 from launch.samples import complete, shown
 from launch.sanity import check_run
@@ -102,7 +103,6 @@ def check_progress(trainer: SftTrainer, run: Run) -> None:
 
 def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
     """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
-    check_values(values)
     config = deepspeed_config(options, values.get("deepspeed"), world_size())
     try:
         # without a GPU transformers starts several processes only when it is told that it is on a CPU
@@ -125,29 +125,6 @@ def check_arguments(args: SftTrainingArguments) -> None:
         raise UserError(f'the DeepSpeed file says other values than the recipe; set them to "auto" there:\n{lines}')
     if args.fp16 and not get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
-
-
-def layout(options: SftOptions, args: SftTrainingArguments, data) -> dict:
-    """What a checkpoint has to know of the run that wrote it: how it is laid out over ranks, and its data."""
-    replicas = args.world_size // options.tp
-    return {
-        "tp": options.tp,
-        "data_parallel": replicas,
-        "zero": args.hf_deepspeed_config.config["zero_optimization"]["stage"],
-        "rows_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas,
-        "data": same_everywhere(data.digest),
-    }
-
-
-def same_everywhere(digest) -> str:
-    """The digest of the rows. Raises `UserError` if ranks have read other ones, say from other files on each node."""
-    digests = on_all_ranks(digest)
-    if other := [rank for rank, value in enumerate(digests) if value != digests[0]]:
-        raise UserError(
-            f"the rows to train on are not the same on all ranks: rank(s) {other} have read others than rank 0; give "
-            "every node the same files"
-        )
-    return digests[0]
 
 
 def make_trainer(
@@ -189,8 +166,8 @@ def show_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
     rows = heldout.select(range(min(count, len(heldout))))
     samples = complete(trainer.model, tokenizer, rows, trainer.args.device)
     if is_main():
-        with (Path(trainer.args.output_dir) / "samples.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_whole(Path(trainer.args.output_dir) / "samples.jsonl", lines)
     for sample in samples:
         say(shown(sample))
 

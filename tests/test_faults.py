@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints import checkpoints, step_of
-from tests.small_run import launcher
+from tests.small_run import launcher, metrics
 from tests.torture import LAYOUTS, SCRIPT, Launch, prepare, tortured, weights
 
 START_SECONDS = 120
@@ -33,9 +33,9 @@ def untouched(folder) -> bytes:
     return weights(folder / "untouched")
 
 
-def go_on(folder: Path, output: str) -> str:
+def go_on(folder: Path, output: str, values=LAYOUT) -> str:
     """Start the run again and let it end; what was said in all its starts."""
-    launch = Launch(folder, output, LAYOUT)
+    launch = Launch(folder, output, values)
     assert launch.gone(300) is not None and launch.launcher.returncode == 0, launch.said()[-4000:]
     return launch.said()
 
@@ -85,6 +85,33 @@ def test_sigterm_to_one_rank_stops_all(folder):
     launch = fault(folder, "one-rank", 3, lambda launch: launch.ranks()[1].terminate())
     last = step_of(checkpoints(folder / "one-rank")[0])
     assert f"stopped after step {last}" in launch.said()
+
+
+EVALUATED = LAYOUT | {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1, "max_steps": 4}
+
+
+def test_sigterm_during_an_evaluation(folder):
+    """The evaluation is cut, the checkpoint owes it, and the next start makes it before it goes on."""
+    values = EVALUATED | {"eval_data": folder / "train.jsonl", "save_steps": 1000}
+    launch = fault(folder, "evaluating", 2, lambda launch: launch.ranks()[1].terminate(), values)
+    assert "stopped after step 2;" in launch.said() and "Traceback" not in launch.said()
+    assert not any("eval_nll" in row for row in metrics(folder / "evaluating"))
+    assert checkpoints(folder / "evaluating") == [folder / "evaluating/checkpoint-2"]
+    assert "checkpoint-2\n" in go_on(folder, "evaluating", values)
+    assert [row["step"] for row in metrics(folder / "evaluating") if "eval_nll" in row] == [2, 4]
+
+
+def test_sigterm_during_the_evaluation_before_the_first_step(folder):
+    values = EVALUATED | {"eval_data": folder / "train.jsonl", "eval_on_start": True}
+    launch = Launch(folder, "evaluating-first", values)
+    try:
+        assert launch.until((launch.output / "deepspeed.json").exists, START_SECONDS), launch.said()
+        launch.ranks()[0].terminate()
+        assert launch.gone() is not None, f"still there: {launch.processes()}"
+    finally:
+        launch.end()
+    assert "stopped before the first step; nothing is lost" in launch.said() and "Traceback" not in launch.said()
+    assert not checkpoints(folder / "evaluating-first")
 
 
 def test_a_run_started_by_hand_outlives_its_shell(folder):

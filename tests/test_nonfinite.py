@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.errors import UserError
+from launch.nonfinite import IN_A_ROW, NonFiniteSteps
 from tests.small_run import flags, launch_many, metrics, write_data, write_model
 
 POISON = 309  # the tokenizer's last token, of one row; its embedding is not a number
@@ -112,3 +114,25 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(folder):
         said = launch_many(folder, 2, [command(folder, (1, 1, 1), output, **reckless, **more)], code=2)
         assert "the weights are not finite any more (" in said and "Traceback" not in said
         assert not list((folder / output).glob("checkpoint-*")) and not (folder / output / "model").exists()
+
+
+def test_nothing_to_hope_for():
+    """As many steps left out one after another as say that the run is lost; one good step among them forgives."""
+    steps = NonFiniteSteps("skip")
+    for step in range(2 * IN_A_ROW - 1):
+        steps.note(["rows.jsonl:1"], torch.full((1, 4), torch.nan))
+        steps.close(applied=step == IN_A_ROW - 1, step=step, scaled=False)
+    assert steps.in_a_row == IN_A_ROW - 1
+    steps.note(["rows.jsonl:1"], torch.full((1, 4), torch.nan))
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1 is not finite\. {IN_A_ROW} steps were left out"):
+        steps.close(applied=False, step=2 * IN_A_ROW, scaled=False)
+
+
+def test_loss_scaling_leaves_steps_out_by_design():
+    steps = NonFiniteSteps("stop")
+    steps.note(["rows.jsonl:1"], torch.zeros(1, 4))
+    steps.close(applied=False, step=1, scaled=True)
+    assert steps.skipped == 0
+    steps.note(["rows.jsonl:1"], torch.full((1, 4), torch.inf))
+    with pytest.raises(UserError, match="is not finite"):
+        steps.close(applied=False, step=2, scaled=True)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -148,6 +149,50 @@ def test_json_that_no_parser_reads(tmp_path, text):
 def test_mistakes_in_flags(argv, word):
     with pytest.raises(UserError, match=word):
         parse_options(argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("learning_rate", "nan", "a finite number of at least 0, got nan"),
+        ("learning_rate", "-1e-3", "at least 0, got -0.001"),
+        ("weight_decay", "inf", "finite"),
+        ("adam_beta1", "1", "at least 0 and below 1, got 1"),
+        ("adam_beta2", "-0.1", "below 1, got -0.1"),
+        ("adam_epsilon", "0", "above 0, got 0"),
+        ("max_grad_norm", "-1", "at least 0, got -1"),
+        ("warmup_steps", "-1", "at least 0, got -1"),
+        ("per_device_train_batch_size", "0", "at least 1, got 0"),
+        ("per_device_eval_batch_size", "-2", "at least 1, got -2"),
+        ("gradient_accumulation_steps", "0", "at least 1, got 0"),
+        ("eval_accumulation_steps", "0", "at least 1, got 0"),
+        ("logging_steps", "0", "above 0, got 0"),
+        ("eval_steps", "-1", "above 0, got -1"),
+        ("save_steps", "nan", "above 0, got nan"),
+        ("seed", "-1", "at least 0 and below 2^32, got -1"),
+        ("data_seed", "4294967296", "below 2^32, got 4294967296"),
+        ("dataloader_num_workers", "-1", "at least 0, got -1"),
+        ("max_steps", "0", "at least 1, got 0; leave it out"),
+        ("max_steps", "-2", "at least 1, got -2"),
+        ("num_train_epochs", "0", "above 0, got 0"),
+        ("num_train_epochs", "nan", "above 0, got nan"),
+        ("fsdp", "full_shard", "not for these runs"),
+        ("push_to_hub", "true", "not for these runs"),
+        ("accelerator_config", "{", "not JSON"),
+        ("lr_scheduler_kwargs", '{"a": ' + "[" * 100_000, "not JSON"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+@pytest.mark.parametrize("sanity", [False, True])
+def test_values_that_no_run_can_be_made_of(name, value, words, sanity):
+    with pytest.raises(UserError, match=f"--{name} .*{re.escape(words)}"):
+        parse_options([*MODEL, f"--{name}={value}", *["--sanity"] * sanity])
+
+
+def test_values_at_the_edge_of_what_is_taken():
+    edges = {"learning_rate": 0, "adam_beta1": 0, "max_grad_norm": 0, "warmup_steps": 0, "max_steps": -1, "seed": 0}
+    _, training = parse_options([*MODEL, *(f"--{name}={value}" for name, value in edges.items())])
+    assert training == edges
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", "\x00", "just text"])

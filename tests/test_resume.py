@@ -150,6 +150,20 @@ def test_a_checkpoint_of_another_model_is_refused(runs):
     assert "is not of this run's model" in said and "size mismatch" in said and "Traceback" not in said
 
 
+def test_nothing_to_train(runs):
+    few = {"max_steps": 1, "per_device_train_batch_size": 64, "dataloader_drop_last": True}
+    said = launch_many(runs, 1, [command(runs, ALONE, "few", **few)], code=2)
+    assert "not one step was made" in said and "Traceback" not in said
+    assert not (runs / "few/model").exists()
+
+
+def test_a_checkpoint_past_the_end(runs):
+    interrupt(runs / name(ALONE), runs / "past")
+    said = launch_many(runs, 1, [command(runs, ALONE, "past", max_steps=2)], code=2)
+    assert "checkpoint-3 is past --max_steps 2" in said and "Traceback" not in said
+    assert not (runs / "past/model").exists()
+
+
 def test_a_full_disk_while_exporting(runs):
     given = {"save_strategy": "no", "max_steps": 1}
     said = launch_many(runs, 1, [command(runs, ALONE, "export-full", **given)], code=1, file_bytes=200_000)

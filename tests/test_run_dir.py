@@ -1,6 +1,8 @@
 """Which directory a run gets, and what it refuses to go on with."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -106,6 +108,43 @@ def test_another_run_is_refused_and_nothing_is_touched(run, recipe, facts, words
     with pytest.raises(UserError, match=words):
         open_run(str(run), recipe, None, facts)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_mended_recipe_starts_anew_where_nothing_was_trained(run, capsys):
+    shutil.rmtree(run / "checkpoint-4")
+    assert open_run(str(run), RECIPE | {"learning_rate": 0.02}, None, FACTS).checkpoint is None
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["learning_rate"] == 0.02
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+LINKS = [".lock", "recipe.yaml", "metrics.jsonl", "deepspeed.json", "samples.jsonl", ".recipe.yaml.partial", "model"]
+
+
+@pytest.mark.parametrize("name", [*LINKS, "checkpoint.partial", "model.partial"])
+@pytest.mark.parametrize("leads_to", ["a file", "a directory", "nothing"])
+def test_nothing_is_written_through_a_symbolic_link(run, tmp_path, name, leads_to):
+    elsewhere = tmp_path / "elsewhere"
+    if leads_to == "a directory":
+        elsewhere.mkdir()
+        (elsewhere / "thesis.tex").write_text("all of it")
+    elif leads_to == "a file":
+        elsewhere.write_text("all of it")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(elsewhere)
+    if name == "model" and leads_to != "nothing":  # moved to where there is room
+        assert open_run(str(run), RECIPE, None, FACTS).finished
+    else:
+        with pytest.raises(UserError, match=rf"symbolic links where a run writes \({re.escape(name)}\)"):
+            open_run(str(run), RECIPE, None, FACTS)
+    assert (run / name).is_symlink()
+    texts = [path.read_text() for path in (elsewhere, elsewhere / "thesis.tex") if path.is_file()]
+    assert texts == ([] if leads_to == "nothing" else ["all of it"])
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_gone_on_with(run, tmp_path):
+    (run / "checkpoint-4").rename(tmp_path / "kept")
+    (run / "checkpoint-4").symlink_to(tmp_path / "kept")
+    assert open_run(str(run), RECIPE, None, FACTS).checkpoint == run / "checkpoint-4"
 
 
 def test_a_file_is_no_directory(tmp_path):

@@ -1,0 +1,14 @@
+"""Files of a run that are the old ones or the new ones, whatever happens meanwhile."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside, bring it to disk, and rename it to its place. Raises `OSError`."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
