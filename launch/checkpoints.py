@@ -1,11 +1,9 @@
 """Checkpoints that are whole or not there: written aside, sealed with digests, renamed, and looked at before use.
 
-A `checkpoint-N` directory holds `manifest.json`: every other file's size and SHA-256, and facts of the run that wrote
-it. All ranks read and write them together, each a share of the files, on storage that they share.
+A `checkpoint-N` directory holds a manifest (`launch.manifest`). All ranks read and write checkpoints together, each a
+share of the files, on storage that they share.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -15,11 +13,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.errors import LocalError, UserError
+from launch.manifest import Entry, Manifest
 from launch.processes import from_main, is_main, on_all_ranks, rank, say, world_size
 
-MANIFEST = "manifest.json"
+LATEST = "latest"  # where DeepSpeed says which directory is its own
 PARTIAL = "checkpoint.partial"
 DAMAGED = "damaged-"  # kept for the user
 REMOVED = "removed-"  # on its way out
@@ -64,9 +65,9 @@ def written_aside(run: Path, name: str, facts: dict) -> Iterator[Path]:
 def seal(folder: Path, facts: dict) -> None:
     """Bring every file to disk and write the manifest. Collectives: two gathers of objects and a broadcast."""
     files = from_main(lambda: _files(folder))
-    shares = on_all_ranks(lambda: {name: _entry(folder / name, flush=True) for name in _share(files)})
+    shares = on_all_ranks(lambda: {name: Entry.of(folder / name, flush=True) for name in _share(files)})
     entries = {name: entry for share in shares for name, entry in share.items()}
-    from_main(lambda: _write_manifest(folder, {"facts": facts, "files": entries}))
+    from_main(lambda: _write_manifest(folder, Manifest(facts=facts, files=entries)))
 
 
 def publish(sealed: Path, final: Path) -> None:
@@ -104,14 +105,33 @@ def last_whole(run: Path) -> Path | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Collectives: a broadcast and a gather of objects."""
-    manifest = from_main(lambda: _read_manifest(folder))
+    """What is wrong with a checkpoint, or None. Collectives: two broadcasts and a gather of objects."""
+    manifest = from_main(lambda: Manifest.read(folder))
     if isinstance(manifest, str):
         return manifest
-    entries = manifest["files"]
-    shares = on_all_ranks(lambda: [_file_fault(folder, name, entries[name]) for name in _share(entries)])
-    faults = [fault for share in shares for fault in share if fault]
-    return faults[0] if faults else None
+    entries = manifest.files
+    shares = on_all_ranks(lambda: {name: entries[name].fault(folder / name) for name in _share(entries)})
+    faults = [f"{name} {fault}" for share in shares for name, fault in share.items() if fault]
+    return faults[0] if faults else from_main(lambda: _state_fault(folder))
+
+
+def _state_fault(folder: Path) -> str | None:
+    """What is wrong with the files that say where the run stood, though they are those that were written."""
+    try:
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if type(state.global_step) is not int or step_of(folder) not in (None, state.global_step):
+            return f"{TRAINER_STATE_NAME} is of step {state.global_step!r}"
+    except OSError:
+        return f"it has no {TRAINER_STATE_NAME}"
+    except (ValueError, TypeError, RecursionError) as fault:
+        return f"{TRAINER_STATE_NAME} cannot be read ({fault})"
+    try:
+        latest = (folder / LATEST).read_text(encoding="utf-8").strip()
+        if latest not in {path.name for path in folder.iterdir() if path.is_dir()}:
+            return f"{LATEST} names no directory of it"
+    except (OSError, ValueError):
+        return f"it has no {LATEST} that can be read"
+    return None
 
 
 @contextmanager
@@ -134,7 +154,7 @@ def reading(checkpoint: Path | None) -> Iterator[None]:
 
 def facts_of(folder: Path) -> dict:
     """What the run that wrote a whole checkpoint said of itself."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["facts"]
+    return Manifest.read(folder).facts
 
 
 def _files(folder: Path) -> list[str]:
@@ -146,50 +166,9 @@ def _share(files) -> list[str]:
     return sorted(files)[rank() :: world_size()]
 
 
-def _entry(path: Path, flush: bool = False) -> dict:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if flush:
-            os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _file_fault(folder: Path, name: str, entry: dict) -> str | None:
-    try:
-        size = (folder / name).stat().st_size
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes where {entry['bytes']} were written"
-        if _entry(folder / name)["sha256"] != entry["sha256"]:
-            return f"the contents of {name} are not those that were written"
-    except OSError as fault:
-        return f"{name} cannot be read ({fault.strerror})"
-    return None
-
-
-def _read_manifest(folder: Path) -> dict | str:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if _digest(manifest) != manifest["digest"]:
-            return f"the contents of {MANIFEST} are not those that were written"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError):
-        return f"{MANIFEST} cannot be read"
-    return manifest
-
-
-def _write_manifest(folder: Path, manifest: dict) -> None:
-    manifest["digest"] = _digest(manifest)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    manifest.write(folder)
     _flush_directories(folder)
-
-
-def _digest(manifest: dict) -> str:
-    content = {key: manifest[key] for key in ("facts", "files")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def flush(folder: Path) -> None:

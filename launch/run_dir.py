@@ -11,7 +11,7 @@ import yaml
 
 from launch import checkpoints, universal
 from launch.errors import UserError
-from launch.export import MODEL
+from launch.export import MODEL, WEIGHTS
 from launch.files import write_whole
 from launch.processes import from_main, say
 
@@ -61,7 +61,7 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
     """
     path, known = from_main(lambda: _claim(wanted, recipe))
     from_main(lambda: _lock(path))
-    if from_main(lambda: (path / MODEL).exists()):
+    if from_main(lambda: _is_finished(path)):
         return Run(path, finished=True)
     last = checkpoints.last_whole(path) if known else None
     if last is None and checkpoint is not None:
@@ -112,6 +112,14 @@ def _leads_away(entry: Path) -> bool:
     """Whether a run would write through this; a model or checkpoint that lies elsewhere is read and left alone."""
     written = entry.name in WRITTEN or entry.name.endswith(".partial") or (entry.name == MODEL and not entry.exists())
     return written and entry.is_symlink()
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether there is a model. Export writes one whole or not at all; what else has its name is the user's."""
+    model = path / MODEL
+    if model.exists() and not ((model / "config.json").is_file() and list(model.glob(WEIGHTS))):
+        raise UserError(f"{model} is no whole model (config.json and {WEIGHTS}): remove it, and start again")
+    return model.exists()
 
 
 def _lock(path: Path) -> None:

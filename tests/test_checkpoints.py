@@ -1,7 +1,9 @@
 """A checkpoint is whole or it is recognised: every way to damage one, without starting a run."""
 
 import errno
+import hashlib
 import json
+import os
 import resource
 import shutil
 
@@ -10,6 +12,7 @@ import torch
 
 from launch import checkpoints
 from launch.errors import LocalError
+from launch.manifest import Manifest
 
 FACTS = {"tp": 1}
 
@@ -18,6 +21,8 @@ def write(run, step: int):
     name = f"checkpoint-{step}"
     with checkpoints.written_aside(run, name, FACTS) as aside:
         (aside / name / "deep").mkdir(parents=True)
+        (aside / name / "latest").write_text("deep")
+        (aside / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         torch.save({"weights": torch.full((1000,), float(step))}, aside / name / "deep" / "weights.pt")
         (aside / name / "state.json").write_text(json.dumps({"step": step}))
     return run / name
@@ -71,6 +76,53 @@ DAMAGES = {
 }
 
 
+def resealed(folder, facts=FACTS, files=None):
+    """As somebody else could: other contents under a digest that is right."""
+    kept = Manifest.read(folder).model_dump()
+    content = {"facts": facts, "files": kept["files"] | files if files else kept["files"]}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content | {"digest": digest}))
+
+
+def rewritten(folder, name: str, content: bytes):
+    (folder / name).write_bytes(content)
+    resealed(folder, files={name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+
+
+ENTRY = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+
+
+def pipe(folder):
+    os.mkfifo(folder / "pipe")
+    resealed(folder, files={"pipe": ENTRY})
+
+
+DAMAGES |= {
+    "no facts": lambda folder: resealed(folder, facts=None),
+    "facts that are a list": lambda folder: resealed(folder, facts=[1]),
+    "facts that hold more than numbers and words": lambda folder: resealed(folder, facts={"zero": [1]}),
+    "an entry that is a number": lambda folder: resealed(folder, files={"state.json": 1}),
+    "a size that is a word": lambda folder: resealed(folder, files={"state.json": ENTRY | {"bytes": "0"}}),
+    "a negative size": lambda folder: resealed(folder, files={"state.json": ENTRY | {"bytes": -1}}),
+    "a file above": lambda folder: resealed(folder, files={"../other": ENTRY}),
+    "a file far above": lambda folder: resealed(folder, files={"deep/../../../other": ENTRY}),
+    "a file of the machine": lambda folder: resealed(folder, files={"/dev/null": ENTRY}),
+    "a file without a name": lambda folder: resealed(folder, files={"": ENTRY}),
+    "a pipe": pipe,
+    "a binary state": lambda folder: rewritten(folder, "trainer_state.json", b"\xff\x00"),
+    "an empty state": lambda folder: rewritten(folder, "trainer_state.json", b""),
+    "a state that is a list": lambda folder: rewritten(folder, "trainer_state.json", b"[1]"),
+    "a state of unknown keys": lambda folder: rewritten(folder, "trainer_state.json", b'{"global_stop": 100}'),
+    "a state of another step": lambda folder: rewritten(folder, "trainer_state.json", b'{"global_step": 99}'),
+    "a state of no step": lambda folder: rewritten(folder, "trainer_state.json", b'{"global_step": "100"}'),
+    "a deep state": lambda folder: rewritten(folder, "trainer_state.json", b"[" * 100_000),
+    "latest names nothing": lambda folder: rewritten(folder, "latest", b"global_step100"),
+    "latest leads above": lambda folder: rewritten(folder, "latest", b".."),
+    "latest names a file": lambda folder: rewritten(folder, "latest", b"state.json"),
+    "a binary latest": lambda folder: rewritten(folder, "latest", b"\xff\xfe"),
+}
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, damage, capsys):
     damage(run / "checkpoint-100")
@@ -117,7 +169,7 @@ def test_a_full_disk_while_sealing(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         Exception, match=r"(?s)checkpoint-200 could not be written.*No space left.*checkpoint-100 stands"
     ):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch import checkpoints
+from launch.manifest import MANIFEST
 from tests.small_run import flags, launch_many, metrics, write_data, write_model
 
 TIMES = {"tokens_per_second", "peak_memory_gib"}
@@ -241,7 +242,7 @@ def test_code_in_a_checkpoint_is_not_run(runs, file):
     interrupt(runs / name(layout), torn)
     checkpoint = torn / f"checkpoint-{RESUMED_FROM}"
     facts = checkpoints.facts_of(checkpoint)
-    (checkpoint / checkpoints.MANIFEST).unlink()
+    (checkpoint / MANIFEST).unlink()
     torch.save({"module": Bomb(trace)}, next(checkpoint.rglob(file)))
     checkpoints.seal(checkpoint, facts)
     said = launch_many(runs, 1, [command(runs, layout, torn.name)], code=1)

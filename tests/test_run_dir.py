@@ -21,7 +21,8 @@ FACTS = {"tp": 1, "data_parallel": 2, "zero": 1, "rows_a_step": 8, "data": "abc"
 def write_checkpoint(run, step: int) -> None:
     name = f"checkpoint-{step}"
     with checkpoints.written_aside(run, name, FACTS) as aside:
-        (aside / name).mkdir(parents=True)
+        (aside / name / "global_step").mkdir(parents=True)
+        (aside / name / "latest").write_text("global_step")
         (aside / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
@@ -58,7 +59,8 @@ def test_half_a_line_of_metrics_is_forgotten(run):
 
 def test_without_a_checkpoint_it_starts_over(run):
     for path in (run / "checkpoint-4").rglob("*"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
     again = open_run(str(run), RECIPE, None, FACTS)
     assert again.checkpoint is None and (run / "metrics.jsonl").read_text() == ""
 
@@ -76,8 +78,23 @@ def test_a_kill_before_the_recipe_was_written_leaves_nothing_in_the_way(tmp_path
     assert open_run(str(tmp_path), RECIPE, None, FACTS).checkpoint is None
 
 
-def test_a_finished_run_is_left_alone(run):
+def write_model(run) -> None:
     (run / "model").mkdir()
+    (run / "model/config.json").write_text("{}")
+    (run / "model/model.safetensors").write_text("")
+
+
+@pytest.mark.parametrize("torn", ["config.json", "model.safetensors"])
+def test_half_a_model_is_not_taken_for_a_finished_run(run, torn):
+    write_model(run)
+    (run / "model" / torn).unlink()
+    with pytest.raises(UserError, match=r"run/model is no whole model .* remove it"):
+        open_run(str(run), RECIPE, None, FACTS)
+    assert (run / "model").is_dir()
+
+
+def test_a_finished_run_is_left_alone(run):
+    write_model(run)
     before = (run / "metrics.jsonl").read_text()
     assert open_run(str(run), RECIPE, None, FACTS).finished
     assert (run / "metrics.jsonl").read_text() == before
@@ -131,14 +148,18 @@ def test_nothing_is_written_through_a_symbolic_link(run, tmp_path, name, leads_t
         elsewhere.write_text("all of it")
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(elsewhere)
-    if name == "model" and leads_to != "nothing":  # moved to where there is room
-        assert open_run(str(run), RECIPE, None, FACTS).finished
-    else:
-        with pytest.raises(UserError, match=rf"symbolic links where a run writes \({re.escape(name)}\)"):
-            open_run(str(run), RECIPE, None, FACTS)
+    with pytest.raises(UserError, match=rf"symbolic links where a run writes \({re.escape(name)}\)|no whole model"):
+        open_run(str(run), RECIPE, None, FACTS)
     assert (run / name).is_symlink()
     texts = [path.read_text() for path in (elsewhere, elsewhere / "thesis.tex") if path.is_file()]
     assert texts == ([] if leads_to == "nothing" else ["all of it"])
+
+
+def test_a_model_that_was_moved_to_where_there_is_room(run, tmp_path):
+    write_model(run)
+    (run / "model").rename(tmp_path / "moved")
+    (run / "model").symlink_to(tmp_path / "moved")
+    assert open_run(str(run), RECIPE, None, FACTS).finished
 
 
 def test_a_checkpoint_that_lies_elsewhere_is_gone_on_with(run, tmp_path):
