@@ -1,16 +1,19 @@
 """Each kind of file gives the same records; formats are recognised."""
 
 import csv
+import errno
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from launch.data.formats import ChatExample, TextExample, TokenExample, detect_format, to_example
+from launch.data.load import read_examples
 from launch.data.readers import read_records
-from launch.data.records import DropReport, Record, Reject
+from launch.data.records import DataError, DropReport, Record, Reject
 
 ROWS = [
     {"question": "two\nlines, and a comma", "answer": 'a "quote"'},
@@ -68,6 +71,114 @@ def test_directory_is_read_in_sorted_order_without_hidden_and_other_files(tmp_pa
     assert [record.fields for record in records] == ROWS * 3
     files = list(dict.fromkeys(record.where.rsplit(":", 1)[0] for record in records))
     assert files == [f"{tmp_path}/{name}" for name in ("a.parquet", "b.jsonl", "sub/c.csv")]
+
+
+def names(records) -> list[str]:
+    return list(dict.fromkeys(record.where.rsplit(":", 1)[0].rsplit("/", 1)[1] for record in records))
+
+
+def test_what_a_directory_holds_beside_data_is_counted(tmp_path):
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "readme.jsonl")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    unread = {
+        "a.csv.gz": "no kind that is read",
+        "b.txt": "no kind that is read",
+        "elsewhere": "a symlink to a directory",
+        "gone.jsonl": "no regular file",
+        "pipe.jsonl": "no regular file",
+        "sub/c.jsonl.zst": "no kind that is read",
+        "sub/d.jsonl.bz2": "no kind that is read",
+    }
+    for name in ("a.csv.gz", "b.txt", "sub/c.jsonl.zst", "sub/d.jsonl.bz2", ".e.txt", ".hidden/f.txt"):
+        (tmp_path / name).write_text("x")
+    for name in ("README", "readme.txt", "LICENSE.txt", "notes.MD", "dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / ".hidden")
+    report = DropReport()
+    assert names(read_records(str(tmp_path), report)) == ["a.jsonl", "readme.jsonl"]
+    assert report.counts() == {"unread file": len(unread)}
+    assert {r.where: r.detail for r in report.rejections} == {
+        f"{tmp_path}/{name}:1": why for name, why in unread.items()
+    }
+    with pytest.raises(DataError, match=r"/a\.csv\.gz:1: unread file \(no kind that is read\)\. Fix"):
+        read_records(str(tmp_path), DropReport(), strict=True)
+
+
+def test_a_directory_that_cannot_be_listed_is_counted(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "b").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may list everything
+    report = DropReport()
+    read_records(str(tmp_path), report)
+    assert [str(r) for r in report.rejections] == [
+        f"{tmp_path}/b:1: unread file (cannot be listed: Permission denied)"
+    ]
+
+
+SPLITS = {
+    "test": (["train.jsonl", "test.jsonl"], ["train.jsonl"], ["test.jsonl"]),
+    "parts": (
+        ["Train-0-of-2.parquet", "train-1-of-2.parquet", "validation-0-of-1.parquet", "dev.csv", "evaluation.json"],
+        ["Train-0-of-2.parquet", "train-1-of-2.parquet"],
+        ["dev.csv", "evaluation.json", "validation-0-of-1.parquet"],
+    ),
+    "directories": (["test/0.jsonl", "train/1.jsonl"], ["1.jsonl"], ["0.jsonl"]),
+    "a directory named otherwise": (["test/train.jsonl", "train/test.csv"], ["train.jsonl"], ["test.csv"]),
+    "a third name": (["more.csv", "train.jsonl", "valid.jsonl"], ["train.jsonl"], ["valid.jsonl"]),
+    "train alone": (["more.csv", "train.jsonl"], ["more.csv", "train.jsonl"], ["more.csv", "train.jsonl"]),
+    "test alone": (["more.csv", "test.jsonl"], ["more.csv", "test.jsonl"], ["more.csv", "test.jsonl"]),
+}
+
+
+@pytest.mark.parametrize(("files", "trained", "evaluated"), SPLITS.values(), ids=SPLITS)
+def test_a_directory_of_splits(tmp_path, files, trained, evaluated):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name)
+    for held_out, wanted in ((False, trained), (True, evaluated)):
+        report = DropReport()
+        assert names(read_records(str(tmp_path), report, True, held_out)) == wanted
+        left_out = sorted({name.rsplit("/", 1)[-1] for name in files} - set(wanted))
+        assert len(report.left_out) == bool(left_out)
+        assert all(name in report.left_out[0] for name in left_out)
+        assert all(("--eval_data" in note) != held_out for note in report.left_out)
+
+
+def test_both_splits_of_one_directory_are_noted(tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl")
+    examples = read_examples(str(tmp_path))
+    assert {example.where.rsplit(":", 1)[0] for example in examples.train} == {f"{tmp_path}/train.jsonl"}
+    (sentence,) = examples.report.summary().splitlines()[1:]
+    assert sentence.startswith(f"{tmp_path} has files named train*, so others are left out: test.jsonl; to evaluate")
+    examples = read_examples(str(tmp_path), str(tmp_path))
+    assert {example.where.rsplit(":", 1)[0] for example in examples.heldout} == {f"{tmp_path}/test.jsonl"}
+    assert len(examples.report.left_out) == 2
+
+
+def test_a_train_file_that_is_not_read_does_not_make_a_test_file_one_to_train_on(tmp_path):
+    (tmp_path / "train.jsonl.zst").write_text("x")
+    write(tmp_path / "test.jsonl")
+    with pytest.raises(DataError, match=r"none \(not read: train\.jsonl\.zst; left out: test\.jsonl\)"):
+        read_records(str(tmp_path), DropReport())
+
+
+def test_notes_about_testing_are_no_split(tmp_path):
+    for name in ("train.jsonl", "more.jsonl"):
+        write(tmp_path / name)
+    (tmp_path / "testing.txt").write_text("x")
+    assert names(read_records(str(tmp_path), DropReport())) == ["more.jsonl", "train.jsonl"]
 
 
 def test_a_csv_field_may_be_long_and_the_limit_is_left_as_it_was(tmp_path):

@@ -112,7 +112,7 @@ def read_examples(
     else:
         records, heldout_records = read_records(source, report, strict), []
     if eval_source is not None:
-        heldout_records = read_records(eval_source, report, strict)
+        heldout_records = read_records(eval_source, report, strict, held_out=True)
     train = _to_examples(records, formats, report, strict)
     heldout = _to_examples(heldout_records, formats, report, strict)
     _require_rows(train, records, report)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from launch.data.directory import files_of
 from launch.data.jsonfile import GZIP_MAGIC, json_lines, json_list, repeated
 from launch.data.records import DataError, DropReport, Record, Reject
 from launch.text import shortened
@@ -17,17 +18,17 @@ UNCLOSED = "unexpected end of data"  # what csv says of nothing but a quote
 TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
 
 
-def read_records(source: str, report: DropReport, strict: bool = False) -> list[Record]:
+def read_records(source: str, report: DropReport, strict: bool = False, held_out: bool = False) -> list[Record]:
     """Records of a file, of a directory of files, or of a hub data set (`name:split`, `name:config:split`).
 
-    Bad rows go into `report`. Raises DataError for a source without records, or when `strict` for the
-    first bad row.
+    Bad rows go into `report`, and so does what is not read of a directory; `held_out`: these records are to be
+    evaluated on. Raises DataError for a source without records, or when `strict` for the first bad row.
     """
     path = _as_path(source)
     if path is None:
         return _read_hub(source)
     if path.is_dir():
-        return _read_directory(path, report, strict)
+        return _read_directory(path, report, strict, held_out)
     return _read_file(path, report, strict)
 
 
@@ -92,17 +93,9 @@ def _refuse_binary(path: Path) -> None:
         raise DataError(f"{path} was expected to be UTF-8 text, but it is binary or UTF-16; convert it.")
 
 
-def _read_directory(path: Path, report: DropReport, strict: bool) -> list[Record]:
-    """All data files below `path` in sorted order; a file without records is one rejection."""
-    files = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and _reader(file) is not None
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    if not files:
-        raise DataError(f"{path} was expected to hold data files ({', '.join(READERS)}), but it holds none.")
+def _read_directory(folder: Path, report: DropReport, strict: bool, held_out: bool) -> list[Record]:
+    """All data files below `folder` in sorted order; one without records, or of another kind, is a rejection."""
+    files = files_of(folder, lambda path: _reader(path) is not None, report, strict, held_out)
     records = []
     for file in files:
         try:

@@ -46,17 +46,18 @@ class Rejected:
 
 @dataclass
 class DropReport:
-    """Every dropped row by reason, and the rows that were kept with a shortened prompt."""
+    """Every dropped row by reason, the rows that were kept with a shortened prompt, and files left out by design."""
 
     rejections: list[Rejected] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # a sentence each
 
     def add(self, where: str, reject: Reject, strict: bool = False) -> None:
         """Count one dropped row. Raises DataError instead when `strict`."""
         rejected = Rejected(where, reject.reason, reject.detail)
         self.rejections.append(rejected)
         if strict:
-            raise DataError(f"{rejected}. Fix or remove this row, or run without --strict to drop it.")
+            raise DataError(f"{rejected}. Fix or remove it, or run without --strict to drop it.")
 
     def counts(self) -> Counter[str]:
         """Dropped rows by reason."""
@@ -73,7 +74,7 @@ class DropReport:
             shown = ", ".join(map(one_line, self.truncated[:examples]))
             more = ", ..." if len(self.truncated) > examples else ""
             lines.append(f"{len(self.truncated)} prompts shortened from the left (rows kept): {shown}{more}")
-        return "\n".join(lines)
+        return "\n".join(lines + self.left_out)
 
     def __len__(self) -> int:
         return len(self.rejections)
