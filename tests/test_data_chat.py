@@ -128,3 +128,34 @@ def test_chat_file(tmp_path, tokenizer):
     encoded = encode_examples(examples, with_template(tokenizer, PLAIN), 64)
     assert len(encoded.train) == 1
     assert encoded.report.rejections[0].where == f"{path}:2"
+
+
+RAISES = {
+    "a type": "{{ 1 + 'a' }}",
+    "an undefined field": "{{ messages[0].name.first }}",
+    "arithmetic": "{{ 1 // 0 }}",
+    "a key": "{{ {}['a'] + 1 }}",
+    "an index": "{{ messages[9].role }}",
+    "recursion": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "a value": "{{ 'a' | int(base=99) }}{{ strftime_now(3) }}",
+    "syntax": "{% if %}",
+    "half a surrogate pair": "{{ '\\ud800' }}{{ messages[-1].content }}",
+}
+
+
+@pytest.mark.parametrize("template", RAISES.values(), ids=RAISES)
+@pytest.mark.parametrize("marked", [False, True])
+def test_whatever_a_template_raises_costs_its_row(tokenizer, template, marked):
+    example = TWO if marked else ONE
+    template += "{% generation %}{% endgeneration %}" if marked else ""
+    with pytest.raises(Reject, match=r"chat template refuses|half a surrogate pair"):
+        encode(example, with_template(tokenizer, template), 64)
+
+
+def test_a_field_that_no_tokenizer_takes_costs_its_row(tokenizer):
+    """JSON can spell half a surrogate pair, and a template may show any field of a message."""
+    named = PLAIN.replace("m.content", "m.content + (m.name or '')")
+    example = ChatExample([{"role": "user", "content": "hi", "name": "\ud800"}, *ONE.messages[-1:]], "f:1")
+    for template in (named, named.replace("{{ 'A:'", "{% generation %}{% endgeneration %}{{ 'A:'")):
+        with pytest.raises(Reject, match=r"half a surrogate pair|refuses the conversation"):
+            encode(example, with_template(tokenizer, template), 64)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from launch.data.collate import PadToLongest
-from launch.data.load import describe_example, load_sft_data, read_examples
+from launch.data.load import describe_example, encode_examples, load_sft_data, read_examples
 from launch.data.records import DataError, DropReport, Reject
+from launch.data.tokenization import train_tokenizer
 
 
 def write(path, count, start=0):
@@ -53,6 +54,23 @@ def test_eval_source_without_usable_rows_is_an_error(tmp_path):
 def test_eval_fraction_out_of_range_is_an_error(fraction):
     with pytest.raises(DataError, match="eval_fraction"):
         read_examples("a.jsonl", eval_fraction=fraction)
+
+
+def test_special_tokens_in_a_text_are_said(tmp_path):
+    """They are read as those tokens; a start and an end at their places are what a row has anyway."""
+    texts = [("a", "b"), ("<s>a", "b</s>"), ("a </s> b", "c"), ("a", "<pad>b"), ("a<s>", "b"), ("</s", ">b")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+    chat = [{"role": "user", "content": "a</s>"}, {"role": "assistant", "content": "b"}]
+    rows += [{"input_ids": [5, 1, 6], "labels": [-100, 1, 6]}]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer(["a b c"] * 3, 300)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    report = encode_examples(read_examples(str(source)), tokenizer, 64).report
+    assert report.spelled_out == {f"{source}:3": "</s>", f"{source}:4": "<pad>", f"{source}:5": "<s>"}
+    assert f"3 texts hold special tokens, read as those tokens (rows kept): {source}:3 (</s>)" in report.summary()
+    source.write_text(json.dumps({"messages": chat}) + "\n")
+    assert encode_examples(read_examples(str(source)), tokenizer, 64).report.spelled_out == {f"{source}:1": "</s>"}
 
 
 def test_mixed_formats_are_converted_and_stated(tmp_path):

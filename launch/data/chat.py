@@ -6,11 +6,10 @@ With one answer the rendered prompt is what precedes it. With several the templa
 
 import re
 
-from jinja2.exceptions import TemplateError
-
-from launch.data.formats import ChatExample
+from launch.data.formats import ChatExample, unicode
 from launch.data.records import DataError, Reject
 from launch.data.rows import IGNORED, Row, join, strip_left, token_ids
+from launch.text import shortened
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -39,10 +38,15 @@ def encode_chat(example: ChatExample, tokenizer, max_length: int) -> Row:
 
 
 def _render(tokenizer, messages, **options):
+    """What the template makes of the messages. It is a program that came with the model: it may raise anything."""
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, TypeError, KeyError) as error:
-        raise Reject("the chat template refuses the conversation", str(error)[:80]) from None
+        rendered = tokenizer.apply_chat_template(messages, **options)
+        return unicode(rendered, "the rendered conversation") if isinstance(rendered, str) else rendered
+    except Reject:
+        raise
+    except Exception as error:
+        detail = shortened(f"{type(error).__name__}: {error}")
+        raise Reject("the chat template refuses the conversation", detail) from None
 
 
 def _one_answer(example: ChatExample, tokenizer, max_length: int) -> Row:

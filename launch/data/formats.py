@@ -89,13 +89,14 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise Reject(f"{name} is not text", type(value).__name__)
-    return _unicode(value, name)
+    return unicode(value, name)
 
 
-def _unicode(value: str, name: str) -> str:
+def unicode(value: str, name: str) -> str:
+    """`value`, if it is text that a tokenizer takes. Raises Reject."""
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer takes it
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
         raise Reject(f"{name} holds half a surrogate pair") from None
     return value
 

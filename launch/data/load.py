@@ -14,6 +14,7 @@ from launch.data.formats import FORMATS, ChatExample, Example, TextExample, dete
 from launch.data.readers import read_records
 from launch.data.records import DataError, DropReport, Record, Reject
 from launch.data.rows import IGNORED
+from launch.data.special import SpelledOut
 from launch.data.tokenization import train_tokenizer
 from launch.text import one_line, shortened
 
@@ -216,6 +217,7 @@ def _encode_split(
     examples: list[Example], tokenizer, max_length: int, report: DropReport, strict: bool
 ) -> datasets.Dataset:
     columns: dict[str, list] = {name: [] for name in COLUMNS}
+    special = SpelledOut(tokenizer)
     for example in examples:
         try:
             row = encode(example, tokenizer, max_length)
@@ -224,6 +226,8 @@ def _encode_split(
             continue
         if row["prompt_tokens_cut"]:
             report.truncated.append(example.where)
+        if token := special.first(example):
+            report.spelled_out[example.where] = token
         columns["input_ids"].append(row["input_ids"])
         columns["labels"].append(row["labels"])
         columns["where"].append(one_line(example.where))

@@ -46,11 +46,16 @@ class Rejected:
 
 @dataclass
 class DropReport:
-    """Every dropped row by reason, the rows that were kept with a shortened prompt, and files left out by design."""
+    """Every dropped row by reason, and what else was found that nobody may have meant.
+
+    `truncated`: rows kept with a shortened prompt. `spelled_out`: rows kept, and the special token that each holds.
+    `left_out`: a sentence for files that were left out by their names.
+    """
 
     rejections: list[Rejected] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # a sentence each
+    spelled_out: dict[str, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def add(self, where: str, reject: Reject, strict: bool = False) -> None:
         """Count one dropped row. Raises DataError instead when `strict`."""
@@ -67,14 +72,20 @@ class DropReport:
         """A few lines of text: each reason with its count and the first rows it concerns."""
         lines = [f"{len(self)} rows dropped"]
         for reason, count in self.counts().most_common():
-            rows = [r for r in self.rejections if r.reason == reason][:examples]
-            shown = ", ".join(row.place() for row in rows)
-            lines.append(f"  {count} x {reason}: {shown}" + (", ..." if count > len(rows) else ""))
+            rows = [r for r in self.rejections if r.reason == reason]
+            lines.append(f"  {count} x {reason}: {_some([row.place() for row in rows], examples)}")
         if self.truncated:
-            shown = ", ".join(map(one_line, self.truncated[:examples]))
-            more = ", ..." if len(self.truncated) > examples else ""
-            lines.append(f"{len(self.truncated)} prompts shortened from the left (rows kept): {shown}{more}")
+            shown = _some(self.truncated, examples)
+            lines.append(f"{len(self.truncated)} prompts shortened from the left (rows kept): {shown}")
+        if self.spelled_out:
+            shown = _some([f"{where} ({token})" for where, token in self.spelled_out.items()], examples)
+            count = len(self.spelled_out)
+            lines.append(f"{count} texts hold special tokens, read as those tokens (rows kept): {shown}")
         return "\n".join(lines + self.left_out)
 
     def __len__(self) -> int:
         return len(self.rejections)
+
+
+def _some(places: list[str], count: int) -> str:
+    return ", ".join(map(one_line, places[:count])) + (", ..." if len(places) > count else "")
