@@ -20,6 +20,7 @@ RANGES = {
     "adam_epsilon": POSITIVE,
     "max_grad_norm": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
+    "neftune_noise_alpha": NOT_NEGATIVE,
     "per_device_train_batch_size": AT_LEAST_1,
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from launch.errors import LocalError, UserError
 from launch.manifest import Entry, Manifest
 from launch.processes import from_main, is_main, on_all_ranks, rank, say, world_size
+from launch.text import first_line
 
 LATEST = "latest"  # where DeepSpeed says which directory is its own
 PARTIAL = "checkpoint.partial"
@@ -208,6 +209,5 @@ def _of_writing(fault: Exception) -> bool:
 def _not_written(run: Path, name: str, fault: Exception) -> str:
     earlier = checkpoints(run)
     stands = f"{earlier[0]} stands, and the same command goes on from it" if earlier else "there is none before it"
-    reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
-    free = shutil.disk_usage(run).free / 2**30
-    return f"{run / name} could not be written ({reason}; {free:.1f} GiB are free there): the run stops; {stands}"
+    reason = f"{first_line(fault)}; {shutil.disk_usage(run).free / 2**30:.1f} GiB are free there"
+    return f"{run / name} could not be written ({reason}): the run stops; {stands}"

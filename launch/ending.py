@@ -7,12 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import torch
 from safetensors import SafetensorError
 
 from launch.errors import LocalError, UserError
 from launch.processes import is_main, leave, rank
 from launch.stopping import Stopped
-from launch.text import printable
+from launch.text import first_line, printable
 from smoothing import UnsupportedModel
 
 # What gloo, NCCL and the store say to the ranks that outlive another.
@@ -23,6 +24,11 @@ PEER_LOST = (
     "Broken pipe",
     "NCCL",
     "TCPStore",
+)
+NO_MEMORY = "DefaultCPUAllocator: "  # what torch says on a CPU
+LESS_MEMORY = (
+    "what takes less: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
+    "--gradient_checkpointing true, more --tp or a higher --zero; `--sanity` estimates it"
 )
 
 
@@ -50,18 +56,33 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
         _tell(f"error: {fault} (the flag is --head)", everywhere=False)
     except LocalError as fault:
         _tell(f"error: rank {rank()}: {fault}", everywhere=True)
-    except (OSError, SafetensorError) as fault:
-        _tell(f"error: rank {rank()}: a file could not be read or written: {fault}", everywhere=True)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as fault:
-        if any(words in str(fault) for words in PEER_LOST):
-            _tell(f"rank {rank()}: another rank is gone, this one stops; what it said stands above", everywhere=True)
+        if sentence := _mishap(fault):
+            _tell(sentence, everywhere=True)
         else:
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def has_its_sentence(fault: Exception) -> bool:
+    """Whether `run_to_its_end` says more of it than a traceback would."""
+    return isinstance(fault, Stopped | UserError | UnsupportedModel | LocalError) or _mishap(fault) is not None
+
+
+def _mishap(fault: Exception) -> str | None:
+    """What to say of an error that is nobody's mistake here, or None."""
+    text = str(fault)
+    if isinstance(fault, OSError | SafetensorError):
+        return f"error: rank {rank()}: a file could not be read or written: {text}"
+    if isinstance(fault, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in text:
+        return f"error: rank {rank()} has no memory left ({first_line(fault)}); {LESS_MEMORY}"
+    if any(words in text for words in PEER_LOST):
+        return f"rank {rank()}: another rank is gone, this one stops; what it said stands above"
+    return None
 
 
 def _tell(text: str, everywhere: bool) -> None:

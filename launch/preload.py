@@ -45,6 +45,7 @@ def keep_quiet() -> None:
     """Errors and this project's own words only; no progress bars into a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else pages of C++ frames once another rank is gone
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # said by torch about DeepSpeed's calls, and by accelerate about the threads that ensure_environment sets
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -20,6 +20,7 @@ RUNS = Path("runs")
 LOCK = ".lock"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+TRACEBACKS = "traceback-*.txt"
 WRITTEN = (LOCK, RECIPE, METRICS, "deepspeed.json", "samples.jsonl")
 
 # Keys that may change from one start of a run to the next: what it shows and keeps, how far it goes, and how the same
@@ -204,6 +205,8 @@ def _settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
     shutil.rmtree(path / f"{MODEL}.partial", ignore_errors=True)
     for leftover in path.glob(f"{checkpoints.REMOVED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in path.glob(TRACEBACKS):
+        leftover.unlink()
     write_whole(path / RECIPE, yaml.safe_dump(recipe, sort_keys=True))
     if (path / METRICS).exists():
         step = 0 if checkpoint is None else checkpoints.step_of(checkpoint)

@@ -44,6 +44,7 @@ from launch.processes import ensure_environment, from_main, is_main, say, say_lo
 from launch.run_dir import Run, open_run
 from launch.samples import complete, shown
 from launch.sanity import check_run
+from launch.starting import Starting
 from launch.stopping import StopOnSignal, Stopped
 from launch.trainer import SftTrainer
 from launch.watchdog import Watchdog
@@ -66,8 +67,10 @@ def main(argv: list[str]) -> None:
         return
     say(f"run: {run.path}")
     with Watchdog(options.stall_timeout) as watchdog:
-        trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog)
-        train(trainer, run)
+        with Starting(run.path) as starting:
+            trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog)
+            trainer.add_callback(starting)
+            train(trainer, run)
         watchdog.beat("completing samples")
         show_samples(trainer, tokenizer, data.heldout, options.samples)
         watchdog.beat("exporting the model", storage=True)

@@ -23,5 +23,11 @@ def shortened(text: str, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def first_line(fault: Exception) -> str:
+    """What an error says, without what libraries add to it; its type if it says nothing."""
+    lines = str(fault).strip().splitlines()
+    return lines[0] if lines else type(fault).__name__
+
+
 def _escaped(character: re.Match) -> str:
     return character[0].encode("unicode_escape").decode("ascii")

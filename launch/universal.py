@@ -10,6 +10,7 @@ from deepspeed.checkpoint import ds_to_universal
 
 from launch.errors import UserError
 from launch.export import WEIGHTS
+from launch.text import first_line
 
 FOLDER = "checkpoint.universal.partial"
 LAYOUT = {"tp": "tensor parallelism", "data_parallel": "data-parallel ranks", "zero": "ZeRO stage"}
@@ -60,7 +61,8 @@ def convert(checkpoint: Path, run: Path) -> Path:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             ds_to_universal.main(args)
     except Exception as fault:
-        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise UserError(f"{checkpoint} cannot be converted to another layout over ranks: {reason}") from fault
+        raise UserError(
+            f"{checkpoint} cannot be converted to another layout over ranks: {first_line(fault)}"
+        ) from fault
     (folder / "latest_universal").write_text(target.name)
     return folder

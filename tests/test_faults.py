@@ -129,35 +129,72 @@ def test_a_rank_that_stands_still_is_named(folder):
     assert "rank 0 waits in all_" in said or "rank 0 waits in _all_" in said
 
 
-def test_a_rank_that_raises(folder):
-    """Its own traceback stands alone; the other rank says one sentence."""
-    script = folder / "raising.py"
-    script.write_text(RAISING.format(root=Path(__file__).resolve().parents[1]))
-    launch = Launch(folder, "raising", LAYOUT, [*launcher(2), str(script)])
+def raising(folder: Path, output: str, method: str, fault: str, step: int = 3) -> str:
+    """A run whose rank 1 raises `fault` in a method of its Trainer, after `step`. What was said; all processes go."""
+    script = folder / f"{output}.py"
+    values = {"root": Path(__file__).resolve().parents[1], "method": method, "fault": fault, "step": step}
+    script.write_text(RAISING.format(**values))
+    launch = Launch(folder, output, LAYOUT, [*launcher(2), str(script)])
     try:
         assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
     finally:
         launch.end()
     assert launch.launcher.returncode != 0
-    said = launch.said()
-    assert said.count("Traceback") == 1 and "ZeroDivisionError" in said
+    return launch.said()
+
+
+def test_a_rank_that_raises(folder):
+    """Its own traceback stands alone; the other rank says one sentence."""
+    said = raising(folder, "raising", "training_step", "ZeroDivisionError('in step 4')")
+    assert said.count("Traceback") == 1 and "ZeroDivisionError: in step 4" in said
     assert "another rank is gone" in said or "rank(s) [1] are gone" in said
+
+
+def test_a_rank_without_memory(folder):
+    said = raising(folder, "memory", "training_step", "torch.OutOfMemoryError('Tried to allocate 2 GiB')")
+    assert (
+        "error: rank 1 has no memory left (Tried to allocate 2 GiB); what takes less: a smaller --per_device" in said
+    )
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_raises_before_the_first_step(folder):
+    """It says so itself; its whole traceback is in a file."""
+    said = raising(folder, "starting", "create_optimizer", "RuntimeError('no such optimizer')", step=0)
+    assert "error: rank 1: the run cannot be started as it was asked for: RuntimeError: no such optimizer" in said
+    assert "Traceback" not in said
+    assert "RuntimeError: no such optimizer" in (folder / "starting/traceback-1.txt").read_text()
+
+
+def test_a_value_that_a_library_refuses(folder):
+    """On all ranks alike: said once, as a mistake, before anything is trained."""
+    launch = Launch(folder, "refused", LAYOUT | {"lr_scheduler_kwargs": '{"foo": 1}'})
+    try:
+        assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
+    finally:
+        launch.end()
+    said = launch.said()
+    assert launch.launcher.returncode == 2 and "Traceback" not in said
+    assert said.count("the run cannot be started as it was asked for: TypeError: ") == 1 and "argument 'foo'" in said
+    assert "foo" in (folder / "refused/traceback-0.txt").read_text()
+    assert go_on(folder, "refused") and not (folder / "refused/traceback-0.txt").exists()
 
 
 RAISING = """
 import os, sys
 sys.path[0] = "{root}"
 import launch.sft
+import torch
 from launch.ending import run_to_its_end
 from launch.trainer import SftTrainer
 
-plain = SftTrainer.training_step
+plain = SftTrainer.{method}
 
-def training_step(self, *args, **kwargs):
-    if self.state.global_step == 3 and os.environ["RANK"] == "1":
-        1 / 0
+def raises(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == {step}:
+        raise {fault}
     return plain(self, *args, **kwargs)
 
-SftTrainer.training_step = training_step
+SftTrainer.{method} = raises
 run_to_its_end(launch.sft.main, sys.argv[1:])
 """

@@ -162,6 +162,7 @@ def test_mistakes_in_flags(argv, word):
         ("adam_epsilon", "0", "above 0, got 0"),
         ("max_grad_norm", "-1", "at least 0, got -1"),
         ("warmup_steps", "-1", "at least 0, got -1"),
+        ("neftune_noise_alpha", "-1", "at least 0, got -1"),
         ("per_device_train_batch_size", "0", "at least 1, got 0"),
         ("per_device_eval_batch_size", "-2", "at least 1, got -2"),
         ("gradient_accumulation_steps", "0", "at least 1, got 0"),
