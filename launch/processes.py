@@ -2,7 +2,7 @@
 
 import logging
 import os
-import socket
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,18 +12,29 @@ from launch.text import printable
 
 
 def ensure_environment() -> None:
-    """Make `python launch/sft.py` a run of one process, and share this machine's cores among its processes."""
+    """Make `python launch/sft.py` a run of one process, and share this machine's cores among its processes.
+
+    Where all ranks are on this machine, gloo listens on its loopback alone.
+    """
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     # the launcher says LOCAL_SIZE where torchrun and accelerate say LOCAL_WORLD_SIZE
     here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+    if here == world_size() and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here))))
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
+
+
+def start_alone() -> None:
+    """The process group of a run of one process: nobody else is to be met, so nothing listens for anybody.
+
+    Libraries would have it listen on all addresses of the machine.
+    """
+    if world_size() == 1 and not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def world_size() -> int:

@@ -40,7 +40,7 @@ from launch.model import load_model
 from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
-from launch.processes import ensure_environment, from_main, is_main, say, say_log, world_size
+from launch.processes import ensure_environment, from_main, is_main, say, say_log, start_alone, world_size
 from launch.run_dir import Run, open_run
 from launch.samples import complete, shown
 from launch.sanity import check_run
@@ -107,6 +107,7 @@ def check_progress(trainer: SftTrainer, run: Run) -> None:
 def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
     """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
     config = deepspeed_config(options, values.get("deepspeed"), world_size())
+    start_alone()
     try:
         # without a GPU transformers starts several processes only when it is told that it is on a CPU
         values = {"use_cpu": not torch.cuda.is_available(), "output_dir": "runs"} | values | {"deepspeed": config}

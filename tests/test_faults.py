@@ -6,8 +6,10 @@
 import random
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.checkpoints import checkpoints, step_of
@@ -119,6 +121,23 @@ def test_a_run_started_by_hand_outlives_its_shell(folder):
     shell = ["sh", "-c", '"$@" & wait', "sh", sys.executable, SCRIPT]
     launch = fault(folder, "by-hand", 3, lambda launch: launch.launcher.kill(), {"tp": 1}, shell)
     assert "the launcher is gone" not in launch.said() and (folder / "by-hand/model").exists()
+
+
+def test_a_run_of_one_process_listens_for_nobody(folder):
+    launch = Launch(folder, "alone", {"tp": 1, "max_steps": 3}, [sys.executable, SCRIPT])
+    heard = set()
+
+    def listening() -> bool:
+        with suppress(psutil.Error):
+            heard.update(c.laddr.ip for c in launch.launcher.net_connections() if c.status == psutil.CONN_LISTEN)
+        return launch.steps() >= 3
+
+    try:
+        assert launch.until(listening, START_SECONDS), launch.said()[-4000:]
+        assert launch.gone(START_SECONDS) is not None
+    finally:
+        launch.end()
+    assert heard <= {"127.0.0.1", "::1"}
 
 
 def test_a_rank_that_stands_still_is_named(folder):
