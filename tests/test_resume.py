@@ -5,6 +5,7 @@ model are taken away, and what a kill leaves behind is put there (`test_faults.p
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -163,6 +164,19 @@ def test_a_checkpoint_past_the_end(runs):
     said = launch_many(runs, 1, [command(runs, ALONE, "past", max_steps=2)], code=2)
     assert "checkpoint-3 is past --max_steps 2" in said and "Traceback" not in said
     assert not (runs / "past/model").exists()
+
+
+def test_a_run_that_goes_further_than_was_planned(runs):
+    """The schedule is that of the new end from the first step on: the last rate of the old one was nothing."""
+    layout = (2, 1, 1, 2)
+    further = runs / "further"
+    shutil.copytree(runs / name(layout), further)
+    shutil.rmtree(further / "model")
+    said = launch_many(runs, 2, [command(runs, layout, "further", max_steps=12)])
+    assert "max_steps: 8 before, 12 now" in said
+    rates = {row["step"]: row["lr"] for row in metrics(further) if "loss" in row}
+    cosine = {step: 0.005 * (1 + math.cos(math.pi * (step - 2) / 11)) for step in range(9, 13)}
+    assert {step: rates[step] for step in cosine} == pytest.approx(cosine)
 
 
 def test_a_full_disk_while_exporting(runs):
