@@ -9,12 +9,15 @@ e = exp(z - m_r) that the statistics left behind:
 The smoothing part is one vector for `grad_h` and one rank-one matrix for `grad_W`; it never meets a [n, K] tile,
 where ε/V would drown in the rounding of a probability. On the CPU, where GEMMs run in fp32 or fp64, neither do s and
 the labels, so no pass over the tile is needed at all, and e·W does not wait for the other ranks ("factored"). Other
-cases (soft labels, a softcap, a low-precision GEMM) make the gradient's tile explicitly.
+cases (soft labels, a softcap, a low-precision GEMM) make the gradient's tile explicitly. The factors of a
+low-precision GEMM are kept near 1, where fp16 does not underflow: g is divided by a power of two, and the sums are
+multiplied by it.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smoothing import products
@@ -39,11 +42,20 @@ class Tile(NamedTuple):
     maximum_n: Tensor  # m
 
 
+def power_of_two(weights_N: Tensor) -> Tensor:
+    """The largest power of two in the largest magnitude, which scales without rounding; 1 for zeros, or none."""
+    largest = F.pad(weights_N, (0, 1)).abs().amax()
+    exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 1, 0)
+    return torch.exp2(exponent.clamp(-126, 127).to(weights_N.dtype))  # normal numbers
+
+
 class HeadGradients:
     """Sums of the three gradients; `add` every chunk, then `finish`."""
 
     def __init__(self, head, call: LossCall, wanted: Wanted, token_weight_N: Tensor):
-        self.head, self.call, self.wanted, self.token_weight_N = head, call, wanted, token_weight_N
+        self.head, self.call, self.wanted = head, call, wanted
+        self.unit = None if head.gemm_dtype == call.statistics_dtype else power_of_two(token_weight_N)
+        self.token_weight_N = token_weight_N = token_weight_N if self.unit is None else token_weight_N / self.unit
         self.reductions = []
         epsilon, dtype = call.options.label_smoothing, call.statistics_dtype
         real_size, hidden = head.weight_KH.shape
@@ -84,7 +96,10 @@ class HeadGradients:
             share_N1 = (self.token_weight_N * -self.call.options.label_smoothing).unsqueeze(1)
             self.hidden_NH.addcmul_(share_N1, mean_row_H)
         names = ("hidden_NH", "weight_SH", "bias_S")
-        return [getattr(self, name) if want else None for name, want in zip(names, self.wanted, strict=True)]
+        sums = [getattr(self, name) if want else None for name, want in zip(names, self.wanted, strict=True)]
+        if self.unit is not None:
+            sums = [total if total is None else total.mul_(self.unit) for total in sums]
+        return sums
 
     def _add_factored(self, tile: Tile, combined: Combined) -> None:
         exp_nK, weight_n = tile.z_nK, self.token_weight_N[tile.tokens]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smoothing import agreement, products
+from smoothing import agreement
 from smoothing.agreement import Meeting
 from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
 from smoothing.linear_gradients import HeadGradients, Wanted
@@ -202,17 +202,12 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
-        scale = 1 / job.divisor()
-        dtype = job.call.statistics_dtype
-        # a low-precision GEMM gets gradients of order 1, which do not underflow, and the scale goes onto the sums
-        exact = products.gemm_dtype(job.call.input_dtype, dtype, hidden_TH.device) == dtype
-        token_weight = scale if exact else torch.ones_like(scale)
-        outcome = job.forward(hidden_TH, weight_SH, bias_S, token_weight_N=token_weight.expand(job.call.tokens))
+        token_weight_N = (1 / job.divisor()).expand(job.call.tokens)
+        outcome = job.forward(hidden_TH, weight_SH, bias_S, token_weight_N=token_weight_N)
         inputs = (hidden_TH, weight_SH, bias_S)
         ctx.gradients = []
         for index, (total, given) in enumerate(zip(outcome.sums, inputs, strict=True)):
             if total is not None:
-                total = total if exact else total.mul_(scale)
                 # fp16 must wait for the upstream gradient: that is where loss scaling comes in
                 early = total.dtype if given.dtype == torch.float16 else given.dtype
                 total = job.scatter(total, given.shape, early) if index == 0 else total.to(early)
