@@ -32,6 +32,7 @@ RANGES = {
     "data_seed": (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
     "dataloader_num_workers": NOT_NEGATIVE,
 }
+METRICS = ("eval_nll", "eval_accuracy")
 # what would do the work of --tp and --zero beside them, or needs what no run here has
 NOT_WITH_DEEPSPEED = ("fsdp", "fsdp_config", "parallelism_config", "push_to_hub")
 
@@ -50,6 +51,9 @@ def check_values(values: dict) -> None:
                 json.loads(value)
             except (ValueError, RecursionError) as fault:
                 raise UserError(f"--{name} is not JSON: {fault}") from None
+    metric = values.get("metric_for_best_model")
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in METRICS:
+        raise UserError(f"--metric_for_best_model must be one of {', '.join(METRICS)}, got {metric!r}")
     steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 1.0)
     if steps == 0 or steps < -1:
         raise UserError(f"--max_steps must be at least 1, got {steps}; leave it out for --num_train_epochs")

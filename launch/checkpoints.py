@@ -4,6 +4,7 @@ A `checkpoint-N` directory holds a manifest (`launch.manifest`). All ranks read 
 share of the files, on storage that they share.
 """
 
+import fnmatch
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from launch.processes import from_main, is_main, on_all_ranks, rank, say, world_
 from launch.text import first_line
 
 LATEST = "latest"  # where DeepSpeed says which directory is its own
+MODEL_STATES = "*model_states.pt"
+RNG_STATES = "rng_state*.pth"
 PARTIAL = "checkpoint.partial"
 DAMAGED = "damaged-"  # kept for the user
 REMOVED = "removed-"  # on its way out
@@ -29,7 +32,7 @@ REMOVED = "removed-"  # on its way out
 
 def step_of(folder: Path) -> int | None:
     """N of a `checkpoint-N`, or None."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    match = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
     return int(match[1]) if match else None
 
 
@@ -113,15 +116,17 @@ def damage(folder: Path) -> str | None:
     entries = manifest.files
     shares = on_all_ranks(lambda: {name: entries[name].fault(folder / name) for name in _share(entries)})
     faults = [f"{name} {fault}" for share in shares for name, fault in share.items() if fault]
-    return faults[0] if faults else from_main(lambda: _state_fault(folder))
+    return faults[0] if faults else from_main(lambda: _state_fault(folder, list(entries)))
 
 
-def _state_fault(folder: Path) -> str | None:
-    """What is wrong with the files that say where the run stood, though they are those that were written."""
+def _state_fault(folder: Path, sealed: list[str]) -> str | None:
+    """What is wrong with the files that say where the run stood, though those sealed are those that were written."""
     try:
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         if type(state.global_step) is not int or step_of(folder) not in (None, state.global_step):
             return f"{TRAINER_STATE_NAME} is of step {state.global_step!r}"
+        if not isinstance(state.log_history, list):
+            return f"{TRAINER_STATE_NAME} has no list of what was logged"
     except OSError:
         return f"it has no {TRAINER_STATE_NAME}"
     except (ValueError, TypeError, RecursionError) as fault:
@@ -132,7 +137,8 @@ def _state_fault(folder: Path) -> str | None:
             return f"{LATEST} names no directory of it"
     except (OSError, ValueError):
         return f"it has no {LATEST} that can be read"
-    return None
+    needed = (TRAINER_STATE_NAME, LATEST, f"{latest}/{MODEL_STATES}", RNG_STATES)
+    return next((f"it has no {pattern}" for pattern in needed if not fnmatch.filter(sealed, pattern)), None)
 
 
 @contextmanager
@@ -194,8 +200,9 @@ def _flush_directory(path: Path) -> None:
 
 
 def _set_aside(folder: Path) -> str:
-    kept = folder.parent / f"{DAMAGED}{folder.name}"
-    shutil.rmtree(kept, ignore_errors=True)
+    name = f"{DAMAGED}{folder.name}"
+    taken = sum(entry.name.startswith(name) for entry in folder.parent.iterdir())
+    kept = folder.with_name(f"{name}.{taken}" if taken else name)
     folder.rename(kept)
     return kept.name
 

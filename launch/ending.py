@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ PEER_LOST = (
     "NCCL",
     "TCPStore",
 )
+ALIKE_SECONDS = 3.0  # until the launcher has ended a rank, where rank 0 made the same mistake
 NO_MEMORY = "DefaultCPUAllocator: "  # what torch says on a CPU
 LESS_MEMORY = (
     "what takes less: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
@@ -50,10 +52,10 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
         _tell(str(stop), everywhere=False)
     except UserError as fault:
         code = 2
-        _tell(f"error: {fault}", everywhere=False)
-    except UnsupportedModel as fault:  # all ranks run the same model
+        _tell_mistake(str(fault))
+    except UnsupportedModel as fault:
         code = 2
-        _tell(f"error: {fault} (the flag is --head)", everywhere=False)
+        _tell_mistake(f"{fault} (the flag is --head)")
     except LocalError as fault:
         _tell(f"error: rank {rank()}: {fault}", everywhere=True)
     except KeyboardInterrupt:
@@ -83,6 +85,13 @@ def _mishap(fault: Exception) -> str | None:
     if any(words in text for words in PEER_LOST):
         return f"rank {rank()}: another rank is gone, this one stops; what it said stands above"
     return None
+
+
+def _tell_mistake(text: str) -> None:
+    """On rank 0; on another one if it lives on, since then rank 0 did not make the mistake too."""
+    if not is_main():
+        time.sleep(ALIKE_SECONDS)
+    _tell(f"error: {text}" if is_main() else f"error: rank {rank()}: {text}", everywhere=True)
 
 
 def _tell(text: str, everywhere: bool) -> None:

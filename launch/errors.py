@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: what was expected, what came, what to do. All ranks raise it alike."""
+    """A mistake that the user can mend: what was expected, what came, what to do. Ranks mostly raise it alike."""
 
 
 class LocalError(Exception):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
@@ -15,9 +16,11 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_config
 
 from launch.data.tokenization import train_tokenizer
+from launch.ending import has_its_sentence
 from launch.errors import UserError
 from launch.model_config import build_model, one_line
 from launch.options import SftOptions
+from launch.text import first_line, shortened
 from smoothing.install import causal_lm, check_model
 
 
@@ -30,8 +33,8 @@ def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     except StrictDataclassError as fault:
         raise UserError(f"--model {options.model}: its config.json: {one_line(fault)}") from None
-    except (OSError, ValueError) as fault:
-        raise UserError(f"no tokenizer could be loaded from --model {options.model}: {_first_line(fault)}") from None
+    except Exception as fault:  # whatever its files make a library stumble over
+        raise UserError(f"no tokenizer could be loaded from --model {options.model}: {_named(fault)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {options.model} has no end-of-sequence token, so nothing could learn to stop"
@@ -55,6 +58,7 @@ def load_model(
     _check_length(model.config, options.max_length)
     _check_split(model.config, options.tp)
     _check_vocabulary(model.config, tokenizer)
+    _check_generation(model)
     check_model(causal_lm(model), options.head)
     model.config.use_cache = False
     return model
@@ -64,13 +68,33 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     _check_there(options.model)
     try:
         with _without_tensor_parallel():
-            return AutoModelForCausalLM.from_pretrained(
-                options.model, dtype=dtype, trust_remote_code=options.trust_remote_code
+            model, found = AutoModelForCausalLM.from_pretrained(
+                options.model,
+                dtype=dtype,
+                trust_remote_code=options.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except StrictDataclassError as fault:
         raise UserError(f"--model {options.model}: its config.json: {one_line(fault)}") from None
-    except (OSError, ValueError) as fault:
-        raise UserError(f"--model {options.model} could not be loaded: {_first_line(fault)}") from None
+    except Exception as fault:  # whatever its files make a library stumble over
+        if has_its_sentence(fault) and not isinstance(fault, OSError | SafetensorError):
+            raise
+        raise UserError(f"--model {options.model} could not be loaded: {_named(fault)}") from None
+    _check_loaded(options.model, found)
+    return model
+
+
+def _check_loaded(model: str, found: dict) -> None:
+    """transformers makes up weights that a file does not hold, at random, and passes over those it does not know."""
+    missing, wrong = sorted(found["missing_keys"]), sorted(found["mismatched_keys"], key=str)
+    if missing or wrong:
+        named = [*missing, *(str(key[0] if isinstance(key, tuple) else key) for key in wrong)]
+        unknown = len(found["unexpected_keys"])
+        raise UserError(
+            f"--model {model} does not hold the weights of its configuration: {shortened(', '.join(named))} "
+            f"({len(missing)} missing, {len(wrong)} of another shape, {unknown} unknown); they would be random"
+        )
 
 
 @contextmanager
@@ -142,5 +166,14 @@ def _check_vocabulary(config, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _first_line(fault: Exception) -> str:
-    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
+def _check_generation(model: PreTrainedModel) -> None:
+    """It is saved with each checkpoint, and only then looked at."""
+    try:
+        if model.generation_config is not None:
+            model.generation_config.validate(strict=True)
+    except Exception as fault:
+        raise UserError(f"generation_config.json of the model: {first_line(fault)}") from None
+
+
+def _named(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {first_line(fault)}"

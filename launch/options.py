@@ -114,7 +114,11 @@ class SftTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False  # the collator keeps what the model takes, and where rows come from
     average_tokens_across_devices: bool = True
     metric_for_best_model: str | None = "eval_nll"
-    greater_is_better: bool | None = False
+
+    def __post_init__(self):
+        if self.greater_is_better is None:  # transformers would have it by the name: anything but a "loss"
+            self.greater_is_better = "accuracy" in (self.metric_for_best_model or "")
+        super().__post_init__()
 
 
 def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict]:

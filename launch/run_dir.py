@@ -20,8 +20,9 @@ RUNS = Path("runs")
 LOCK = ".lock"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+DROPPED = "dropped.txt"
 TRACEBACKS = "traceback-*.txt"
-WRITTEN = (LOCK, RECIPE, METRICS, "deepspeed.json", "samples.jsonl")
+WRITTEN = (LOCK, RECIPE, METRICS, "deepspeed.json", "samples.jsonl", DROPPED, "runs")
 
 # Keys that may change from one start of a run to the next: what it shows and keeps, how far it goes, and how the same
 # computation is laid out (`_check_facts` looks at that).
@@ -85,8 +86,8 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
 def _claim(wanted: str | None, recipe: dict) -> tuple[Path, bool]:
     """The directory, and whether it is this recipe's already."""
     try:
-        return (_next_numbered(), False) if wanted is None else _claim_named(Path(wanted), recipe)
-    except (OSError, ValueError) as fault:
+        return (_next_numbered(), False) if wanted is None else _claim_named(Path(wanted).expanduser(), recipe)
+    except (OSError, ValueError, RuntimeError) as fault:
         raise UserError(f"--output_dir {str(wanted or RUNS)[:200]!r} cannot be written to: {fault}") from None
 
 
@@ -220,6 +221,6 @@ def _metrics_until(path: Path, step: int) -> list[str]:
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept

@@ -29,6 +29,7 @@ from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.checkpoints import reading
 from launch.data.blanks import fill_to_multiple
 from launch.data.collate import PadToLongest
+from launch.data.records import DropReport
 from launch.deepspeed_config import deepspeed_config
 from launch.ending import run_to_its_end
 from launch.errors import UserError
@@ -41,7 +42,7 @@ from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
 from launch.processes import ensure_environment, from_main, is_main, say, say_log, start_alone, world_size
-from launch.run_dir import Run, open_run
+from launch.run_dir import DROPPED, Run, open_run
 from launch.samples import complete, shown
 from launch.sanity import check_run
 from launch.starting import Starting
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> None:
         say(f"{run.path} is finished: its model is in {run.path / MODEL}. To train on, move that away")
         return
     say(f"run: {run.path}")
+    name_dropped(data.report, run.path / DROPPED)
     with Watchdog(options.stall_timeout) as watchdog:
         with Starting(run.path) as starting:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog)
@@ -127,8 +129,18 @@ def check_arguments(args: SftTrainingArguments) -> None:
     if args.hf_deepspeed_config.mismatches:
         lines = "\n".join(args.hf_deepspeed_config.mismatches)
         raise UserError(f'the DeepSpeed file says other values than the recipe; set them to "auto" there:\n{lines}')
+    if not args.accelerator_config.use_seedable_sampler:
+        raise UserError("--accelerator_config use_seedable_sampler false: a run that goes on would take other rows")
     if args.fp16 and not get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
+
+
+def name_dropped(report: DropReport, file: Path) -> None:
+    """Every row that was dropped or shortened, in a file of the run."""
+    if is_main():
+        write_whole(file, report.lines())
+    if len(report):
+        say(f"  every dropped row is named in {file}")
 
 
 def make_trainer(

@@ -1,7 +1,5 @@
-"""Until the first step begins, what a library refuses is a mistake in the flags: a sentence, not a crash."""
+"""Until the first step is done, what a library refuses is a mistake in the flags: a sentence, not a crash."""
 
-import sys
-import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -11,24 +9,21 @@ from transformers import TrainerCallback
 from launch.ending import has_its_sentence
 from launch.errors import UserError
 from launch.files import write_whole
-from launch.processes import is_main, rank
-from launch.text import first_line, printable
-
-WAIT_SECONDS = 3.0  # until the launcher has ended this rank, where rank 0 failed alike
+from launch.processes import rank
+from launch.text import first_line
 
 
 class Starting(TrainerCallback):
-    """Entered while a run is set up and trained; what is raised before the first step leaves it as a `UserError`.
+    """Entered while a run is set up and trained; what is raised before its first step is done is a `UserError`.
 
-    The whole traceback is written into the run's directory, in case that the mistake is not the user's. Of ranks that
-    fail alike rank 0 speaks; one that fails alone speaks for itself.
+    The whole traceback is written into the run's directory, in case that the mistake is not the user's.
     """
 
     def __init__(self, run: Path):
         self.run = run
         self.over = False
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         self.over = True
 
     def __enter__(self) -> "Starting":
@@ -37,13 +32,10 @@ class Starting(TrainerCallback):
     def __exit__(self, _type, fault: BaseException | None, _traceback) -> None:
         if self.over or not isinstance(fault, Exception) or has_its_sentence(fault):
             return
-        if not is_main():
-            time.sleep(WAIT_SECONDS)
         file = self.run / f"traceback-{rank()}.txt"
         with suppress(OSError):
             write_whole(file, "".join(traceback.format_exception(fault)))
         reason = f"{type(fault).__name__}: {first_line(fault)}"
-        text = f"the run cannot be started as it was asked for: {reason}; all of the error is in {file}"
-        if not is_main():
-            print(printable(f"error: rank {rank()}: {text}"), file=sys.stderr, flush=True)
-        raise UserError(text) from fault
+        raise UserError(
+            f"the run cannot start as it was asked to: {reason}; all of the error is in {file}"
+        ) from fault

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from launch import checkpoints
+from launch.data.order import GroupedByLength
 from launch.milestones import Milestones
 from launch.nonfinite import NonFiniteSteps, check_weights, not_finite, skip_without_zero
 from launch.processes import is_main, on_all_ranks
@@ -119,6 +120,13 @@ class SftTrainer(Trainer):
         if self.model.training:
             self.train_meter.note(inputs["attention_mask"])
         return super()._prepare_inputs(inputs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(rows, [len(ids) for ids in self.train_dataset["input_ids"]], seed)
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed at its end; Trainer would take one step more

@@ -22,6 +22,8 @@ def write(run, step: int):
     with checkpoints.written_aside(run, name, FACTS) as aside:
         (aside / name / "deep").mkdir(parents=True)
         (aside / name / "latest").write_text("deep")
+        (aside / name / "deep" / "mp_rank_00_model_states.pt").write_text("")
+        (aside / name / "rng_state_0.pth").write_text("")
         (aside / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         torch.save({"weights": torch.full((1000,), float(step))}, aside / name / "deep" / "weights.pt")
         (aside / name / "state.json").write_text(json.dumps({"step": step}))
@@ -84,6 +86,16 @@ def resealed(folder, facts=FACTS, files=None):
     (folder / "manifest.json").write_text(json.dumps(content | {"digest": digest}))
 
 
+def without(folder, *names: str):
+    """Files taken away, and sealed as if they had never been."""
+    facts, files = FACTS, {key: entry.model_dump() for key, entry in Manifest.read(folder).files.items()}
+    for name in names:
+        (folder / name).unlink()
+        del files[name]
+    (folder / "manifest.json").unlink()
+    Manifest(facts=facts, files=files).write(folder)
+
+
 def rewritten(folder, name: str, content: bytes):
     (folder / name).write_bytes(content)
     resealed(folder, files={name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
@@ -116,6 +128,12 @@ DAMAGES |= {
     "a state of another step": lambda folder: rewritten(folder, "trainer_state.json", b'{"global_step": 99}'),
     "a state of no step": lambda folder: rewritten(folder, "trainer_state.json", b'{"global_step": "100"}'),
     "a deep state": lambda folder: rewritten(folder, "trainer_state.json", b"[" * 100_000),
+    "a state whose log is a number": lambda folder: rewritten(
+        folder, "trainer_state.json", b'{"global_step": 100, "log_history": 5}'
+    ),
+    "without the model's states": lambda folder: without(folder, "deep/mp_rank_00_model_states.pt"),
+    "without the generators' states": lambda folder: without(folder, "rng_state_0.pth"),
+    "nothing that is sealed": lambda folder: without(folder, *Manifest.read(folder).files),
     "latest names nothing": lambda folder: rewritten(folder, "latest", b"global_step100"),
     "latest leads above": lambda folder: rewritten(folder, "latest", b".."),
     "latest names a file": lambda folder: rewritten(folder, "latest", b"state.json"),
@@ -130,6 +148,38 @@ def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, damage, capsys):
     said = capsys.readouterr().out
     assert "checkpoint-100 is not whole" in said and "damaged-checkpoint-100" in said
     assert (run / "damaged-checkpoint-100").is_dir() and not (run / "checkpoint-100").exists()
+
+
+def test_every_damaged_one_is_kept(run):
+    for _ in range(3):
+        flip(run / "checkpoint-100/state.json", 0)
+        assert checkpoints.last_whole(run) == run / "checkpoint-10"
+        write(run, 100)
+    names = ["damaged-checkpoint-100", "damaged-checkpoint-100.1", "damaged-checkpoint-100.2"]
+    assert sorted(path.name for path in run.glob("damaged-*")) == names
+
+
+def test_every_file_is_brought_to_disk_before_the_renaming(run, monkeypatch):
+    flushed, fsync = set(), os.fsync
+
+    def noted(descriptor):
+        flushed.add(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = write(run, 200)
+    assert flushed >= {path.name for path in folder.rglob("*")} | {folder.name, run.name}
+
+
+def test_a_file_that_somebody_added_is_no_damage(run):
+    (run / "checkpoint-100/notes.txt").write_text("the good one")
+    assert checkpoints.last_whole(run) == run / "checkpoint-100"
+
+
+def test_only_plain_numbers_are_steps(run):
+    (run / "checkpoint-\N{ARABIC-INDIC DIGIT FOUR}").mkdir()
+    (run / "checkpoint-").mkdir()
+    assert [checkpoints.step_of(folder) for folder in checkpoints.checkpoints(run)] == [100, 10, 9]
 
 
 def test_none_is_left(run):

@@ -77,9 +77,24 @@ def test_a_stop_outside_the_marks_is_learned_once(tokenizer):
     assert row["labels"][-1] == tokenizer.eos_token_id
 
 
-def test_several_answers_without_marks_are_an_error(tokenizer):
-    with pytest.raises(DataError, match=r"f:1 has 2 assistant messages.*generation.*split"):
+def test_several_answers_without_marks_cost_their_row(tokenizer):
+    with pytest.raises(Reject, match=r"several answers.*generation.*split.*2 answers"):
         encode(TWO, with_template(tokenizer, PLAIN), 64)
+
+
+def test_templates_of_which_none_is_the_default(tokenizer):
+    tokenizer = with_template(tokenizer, {"tool_use": PLAIN, "rag": PLAIN})
+    with pytest.raises(Reject, match="no default chat template"):
+        encode(TWO, tokenizer, 64)
+    with pytest.raises(Reject, match="chat template refuses"):
+        encode(ONE, tokenizer, 64)
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+@pytest.mark.parametrize("turns", [("u1", "a2</s>3"), ("u1", "a2</s>3", "u4", "a5")])
+def test_an_answer_that_holds_its_end_before_its_end(tokenizer, template, turns):
+    with pytest.raises(Reject, match="holds the end token before its end"):
+        encode(conversation(*turns), with_template(tokenizer, template), 64)
 
 
 def test_no_template_is_an_error(tokenizer):

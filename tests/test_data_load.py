@@ -1,13 +1,16 @@
 """Splits, notes, what is said of an example, and batches."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launch.data.collate import PadToLongest
+from launch.data.formats import TextExample
 from launch.data.load import describe_example, encode_examples, load_sft_data, read_examples
 from launch.data.records import DataError, DropReport, Reject
+from launch.data.special import SpelledOut
 from launch.data.tokenization import train_tokenizer
 
 
@@ -54,6 +57,25 @@ def test_eval_source_without_usable_rows_is_an_error(tmp_path):
 def test_eval_fraction_out_of_range_is_an_error(fraction):
     with pytest.raises(DataError, match="eval_fraction"):
         read_examples("a.jsonl", eval_fraction=fraction)
+
+
+def test_what_is_no_special_token_is_not_said():
+    tokenizer = train_tokenizer(["a b c"] * 3, 300)
+    tokenizer.add_tokens(["<plain>"])
+    tokenizer.add_tokens(["<s>2"], special_tokens=True)
+    find = SpelledOut(tokenizer)
+    assert find.first(TextExample("a<plain>", "b", "f:1")) is None
+    assert find.first(TextExample("a<s>2", "b", "f:1")) == "<s>2"  # not "<s>"
+    bare = SimpleNamespace(added_tokens_decoder={}, bos_token=None, eos_token="</s>")
+    assert SpelledOut(bare).first(TextExample("a</s>", "b", "f:1")) is None
+
+
+def test_every_dropped_row_is_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": "{n}", "completion": "{n if n % 2 else ""}"}}\n' for n in range(60)))
+    report = read_examples(str(path)).report
+    assert report.summary().startswith("30 rows dropped\n")
+    assert report.lines().splitlines() == [f"{path}:{n + 1}: empty completion" for n in range(0, 60, 2)]
 
 
 def test_special_tokens_in_a_text_are_said(tmp_path):

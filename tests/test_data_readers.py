@@ -133,6 +133,11 @@ SPLITS = {
         ["Train-0-of-2.parquet", "train-1-of-2.parquet"],
         ["dev.csv", "evaluation.json", "validation-0-of-1.parquet"],
     ),
+    "words in names": (
+        ["gsm8k_train.jsonl", "gsm8k_test.jsonl", "latest.csv"],
+        ["gsm8k_train.jsonl"],
+        ["gsm8k_test.jsonl"],
+    ),
     "directories": (["test/0.jsonl", "train/1.jsonl"], ["1.jsonl"], ["0.jsonl"]),
     "a directory named otherwise": (["test/train.jsonl", "train/test.csv"], ["train.jsonl"], ["test.csv"]),
     "a third name": (["more.csv", "train.jsonl", "valid.jsonl"], ["train.jsonl"], ["valid.jsonl"]),
@@ -161,7 +166,7 @@ def test_both_splits_of_one_directory_are_noted(tmp_path):
     examples = read_examples(str(tmp_path))
     assert {example.where.rsplit(":", 1)[0] for example in examples.train} == {f"{tmp_path}/train.jsonl"}
     (sentence,) = examples.report.summary().splitlines()[1:]
-    assert sentence.startswith(f"{tmp_path} has files named train*, so others are left out: test.jsonl; to evaluate")
+    assert sentence.startswith(f"{tmp_path} has files named train, so others are left out: test.jsonl; to evaluate")
     examples = read_examples(str(tmp_path), str(tmp_path))
     assert {example.where.rsplit(":", 1)[0] for example in examples.heldout} == {f"{tmp_path}/test.jsonl"}
     assert len(examples.report.left_out) == 2

@@ -180,9 +180,24 @@ def test_a_rank_without_memory(folder):
 def test_a_rank_that_raises_before_the_first_step(folder):
     """It says so itself; its whole traceback is in a file."""
     said = raising(folder, "starting", "create_optimizer", "RuntimeError('no such optimizer')", step=0)
-    assert "error: rank 1: the run cannot be started as it was asked for: RuntimeError: no such optimizer" in said
+    assert "error: rank 1: the run cannot start as it was asked to: RuntimeError: no such optimizer" in said
     assert "Traceback" not in said
     assert "RuntimeError: no such optimizer" in (folder / "starting/traceback-1.txt").read_text()
+
+
+def test_a_mistake_on_one_rank_alone(folder):
+    """As on two nodes, of which one lacks the data: that rank says so, though it is not the first."""
+    script = folder / "nodes.py"
+    script.write_text(f"import os\nif os.environ['RANK'] == '1':\n    os.chdir('/')\n{STARTED}")
+    (folder / "here.jsonl").write_text((folder / "train.jsonl").read_text())
+    start = ["sh", "-c", f'cd {folder} && exec "$@"', "sh", *launcher(2), str(script)]
+    launch = Launch(folder, "nodes", LAYOUT | {"data": "here.jsonl"}, start)
+    try:
+        assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
+    finally:
+        launch.end()
+    assert launch.launcher.returncode == 2 and "Traceback" not in launch.said()
+    assert "error: rank 1: 'here.jsonl' should be a data file or directory, but there is none" in launch.said()
 
 
 def test_a_value_that_a_library_refuses(folder):
@@ -194,11 +209,19 @@ def test_a_value_that_a_library_refuses(folder):
         launch.end()
     said = launch.said()
     assert launch.launcher.returncode == 2 and "Traceback" not in said
-    assert said.count("the run cannot be started as it was asked for: TypeError: ") == 1 and "argument 'foo'" in said
+    assert said.count("the run cannot start as it was asked to: TypeError: ") == 1 and "argument 'foo'" in said
     assert "foo" in (folder / "refused/traceback-0.txt").read_text()
     assert go_on(folder, "refused") and not (folder / "refused/traceback-0.txt").exists()
 
 
+STARTED = f"""
+import sys
+sys.path[0] = "{Path(__file__).resolve().parents[1]}"
+import launch.sft
+from launch.ending import run_to_its_end
+
+run_to_its_end(launch.sft.main, sys.argv[1:])
+"""
 RAISING = """
 import os, sys
 sys.path[0] = "{root}"

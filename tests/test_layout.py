@@ -1,8 +1,10 @@
-"""Ranks that have read other rows are told so, all of them, before anything is trained."""
+"""What a checkpoint is told of its run; ranks that have read other rows learn of it before anything is trained."""
+
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from launch.layout import same_everywhere
+from launch.layout import layout, same_everywhere
 from tests.ranks import pool
 
 
@@ -18,3 +20,12 @@ def test_other_rows_on_one_rank():
     outcomes = pool(3).attempt(digest_of, ["abc", "abc", "xyz"], time_limit=120)
     assert [outcome.error for outcome in outcomes] == ["UserError"] * 3
     assert all("rank(s) [2] have read others than rank 0" in outcome.message for outcome in outcomes)
+
+
+def test_what_a_checkpoint_knows():
+    config = SimpleNamespace(config={"zero_optimization": {"stage": 2}})
+    args = SimpleNamespace(
+        world_size=8, per_device_train_batch_size=3, gradient_accumulation_steps=5, hf_deepspeed_config=config
+    )
+    facts = layout(SimpleNamespace(tp=2), args, SimpleNamespace(digest=lambda: "abc"))
+    assert facts == {"tp": 2, "data_parallel": 4, "zero": 2, "rows_a_step": 60, "data": "abc"}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.data.tokenization import train_tokenizer
@@ -141,6 +142,62 @@ def test_a_saved_model_is_held_to_max_length_and_to_its_configuration(tokenizer,
     for load in (load_tokenizer, lambda *_: load_model(options, tokenizer, torch.float32, seed=0)):
         with pytest.raises(UserError, match=r"config\.json: .*hidden size \(30\)"):
             load(options, list)
+
+
+def rename(weights):
+    return {f"transformer.{name}": weight for name, weight in weights.items()}
+
+
+def without_a_norm(weights):
+    return {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
+
+
+def narrower(weights):
+    return weights | {"model.norm.weight": weights["model.norm.weight"][:16].clone()}
+
+
+@pytest.mark.parametrize("change", [rename, without_a_norm, narrower])
+def test_weights_that_are_not_the_configurations_are_not_made_up(tokenizer, tmp_path, change):
+    build(tokenizer).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(change(weights), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"--model .*(does not hold the weights|could not be loaded).*|norm\.weight"):
+        load_model(SftOptions(model=str(tmp_path)), tokenizer, torch.float32, seed=0)
+
+
+def test_tied_weights_are_not_missing(tokenizer, tmp_path):
+    build(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    load_model(SftOptions(model=str(tmp_path)), tokenizer, torch.float32, seed=0)
+
+
+def test_a_pickle_of_weights_is_not_read(tokenizer, tmp_path):
+    build(tokenizer).save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"could not be loaded: .*safetensors"):
+        load_model(SftOptions(model=str(tmp_path)), tokenizer, torch.float32, seed=0)
+
+
+FILES = {
+    "model.safetensors": [b"", b"torn", b"\xff" * 100],
+    "config.json": [b"", b"[]", b"{}", b"{"],
+    "generation_config.json": [b'{"temperature": "x", "top_k": -3}'],
+    "tokenizer.json": [b"", b"{}", b"[]"],
+    "tokenizer_config.json": [b"[]", b"{", b'{"eos_token": 5}'],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, c) for name, contents in FILES.items() for c in contents])
+def test_files_of_a_model_that_cannot_be_read(tokenizer, tmp_path, name, content):
+    build(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    options = SftOptions(model=str(tmp_path))
+    with pytest.raises(UserError) as fault:
+        load_model(options, load_tokenizer(options, list), torch.float32, seed=0)
+    assert str(tmp_path) in str(fault.value) or name in str(fault.value)
+    assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize("break_", ["missing", "shard", "extra", "none"])

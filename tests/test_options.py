@@ -177,6 +177,8 @@ def test_mistakes_in_flags(argv, word):
         ("max_steps", "-2", "at least 1, got -2"),
         ("num_train_epochs", "0", "above 0, got 0"),
         ("num_train_epochs", "nan", "above 0, got nan"),
+        ("metric_for_best_model", "loss", "one of eval_nll, eval_accuracy, got 'loss'"),
+        ("metric_for_best_model", "eval_acc", "got 'eval_acc'"),
         ("fsdp", "full_shard", "not for these runs"),
         ("push_to_hub", "true", "not for these runs"),
         ("accelerator_config", "{", "not JSON"),
@@ -188,6 +190,13 @@ def test_mistakes_in_flags(argv, word):
 def test_values_that_no_run_can_be_made_of(name, value, words, sanity):
     with pytest.raises(UserError, match=f"--{name} .*{re.escape(words)}"):
         parse_options([*MODEL, f"--{name}={value}", *["--sanity"] * sanity])
+
+
+@pytest.mark.parametrize(("metric", "greater"), [("eval_nll", False), ("nll", False), ("accuracy", True)])
+def test_the_best_model_is_that_of_the_least_nll_or_the_greatest_accuracy(metric, greater):
+    _, training = parse_options([*MODEL, "--metric_for_best_model", metric])
+    assert SftTrainingArguments(output_dir="here", use_cpu=True, **training).greater_is_better is greater
+    assert SftTrainingArguments(output_dir="here", use_cpu=True).greater_is_better is False
 
 
 def test_values_at_the_edge_of_what_is_taken():

@@ -152,6 +152,15 @@ def test_a_checkpoint_of_another_model_is_refused(runs):
     assert "is not of this run's model" in said and "size mismatch" in said and "Traceback" not in said
 
 
+def test_every_dropped_row_is_named_in_a_file(runs):
+    rows = (runs / "train.jsonl").read_text() + '{"question": "a"}\n{"question": "", "answer": " "}\n' * 5
+    (runs / "bad.jsonl").write_text(rows)
+    said = launch_many(runs, 1, [command(runs, ALONE, "dropping", data=runs / "bad.jsonl", max_steps=1)])
+    assert "10 rows dropped" in said and f"every dropped row is named in {runs / 'dropping/dropped.txt'}" in said
+    lines = (runs / "dropping/dropped.txt").read_text().splitlines()
+    assert sorted(int(line.split(":")[1]) for line in lines) == list(range(41, 51))
+
+
 def test_nothing_to_train(runs):
     few = {"max_steps": 1, "per_device_train_batch_size": 64, "dataloader_drop_last": True}
     said = launch_many(runs, 1, [command(runs, ALONE, "few", **few)], code=2)
@@ -164,6 +173,23 @@ def test_a_checkpoint_past_the_end(runs):
     said = launch_many(runs, 1, [command(runs, ALONE, "past", max_steps=2)], code=2)
     assert "checkpoint-3 is past --max_steps 2" in said and "Traceback" not in said
     assert not (runs / "past/model").exists()
+
+
+def test_rows_grouped_by_length_are_taken_in_the_same_order(runs):
+    """On two data-parallel ranks, whose random generators stand elsewhere than in the run that was interrupted."""
+    layout, grouped = (2, 1, 1, 1), {"train_sampling_strategy": "group_by_length"}
+    whole, torn = runs / "grouped", runs / "grouped-torn"
+    launch_many(runs, 2, [command(runs, layout, "grouped", **grouped)])
+    interrupt(whole, torn)
+    launch_many(runs, 2, [command(runs, layout, "grouped-torn", **grouped)])
+    assert untimed(torn) == untimed(whole) != untimed(runs / name(layout))
+    assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
+
+
+def test_a_sampler_that_would_take_other_rows_is_refused(runs):
+    given = {"accelerator_config": '{"use_seedable_sampler": false}'}
+    said = launch_many(runs, 1, [command(runs, ALONE, "unseeded", **given)], code=2)
+    assert "a run that goes on would take other rows" in said and "Traceback" not in said
 
 
 def test_a_run_that_goes_further_than_was_planned(runs):

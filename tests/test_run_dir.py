@@ -23,6 +23,8 @@ def write_checkpoint(run, step: int) -> None:
     with checkpoints.written_aside(run, name, FACTS) as aside:
         (aside / name / "global_step").mkdir(parents=True)
         (aside / name / "latest").write_text("global_step")
+        (aside / name / "global_step/mp_rank_00_model_states.pt").write_text("")
+        (aside / name / "rng_state_0.pth").write_text("")
         (aside / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
@@ -52,7 +54,8 @@ def test_the_same_command_goes_on(run, capsys):
 
 
 def test_half_a_line_of_metrics_is_forgotten(run):
-    (run / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}')
+    deep = "[" * 100_000 + "\n"
+    (run / "metrics.jsonl").write_text(deep + '{"step": 3}\n{"step": 4}')
     open_run(str(run), RECIPE, None, FACTS)
     assert (run / "metrics.jsonl").read_text() == '{"step": 3}\n'
 
@@ -134,7 +137,8 @@ def test_a_mended_recipe_starts_anew_where_nothing_was_trained(run, capsys):
     assert "starting from the beginning" in capsys.readouterr().out
 
 
-LINKS = [".lock", "recipe.yaml", "metrics.jsonl", "deepspeed.json", "samples.jsonl", ".recipe.yaml.partial", "model"]
+LINKS = [".lock", "recipe.yaml", "metrics.jsonl", "deepspeed.json", "samples.jsonl", ".recipe.yaml.partial"]
+LINKS += ["model", "runs", "dropped.txt"]
 
 
 @pytest.mark.parametrize("name", [*LINKS, "checkpoint.partial", "model.partial"])

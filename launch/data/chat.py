@@ -9,7 +9,7 @@ import re
 from launch.data.formats import ChatExample, unicode
 from launch.data.records import DataError, Reject
 from launch.data.rows import IGNORED, Row, join, strip_left, token_ids
-from launch.text import shortened
+from launch.text import first_line, shortened
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -17,24 +17,31 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def encode_chat(example: ChatExample, tokenizer, max_length: int) -> Row:
     """The row of a conversation.
 
-    Raises Reject for this conversation, DataError where the tokenizer's template cannot say what to learn.
+    Raises Reject for this conversation, DataError for a tokenizer without a chat template.
     """
-    template = tokenizer.chat_template
-    if not template:
+    if not tokenizer.chat_template:
         raise DataError(
             f"{example.where} is a conversation, which needs a tokenizer with a chat template, but this one "
             "has none; use the tokenizer of an instruction-tuned model or prompt/completion data."
         )
-    answers = sum(message["role"] == "assistant" for message in example.messages)
-    if answers == 1:
+    answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
+    if any(tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token) for answer in answers):
+        raise Reject("completion holds the end token before its end")
+    if len(answers) == 1:
         return _one_answer(example, tokenizer, max_length)
-    template = tokenizer.get_chat_template() if isinstance(template, dict) else template
-    if not GENERATION.search(template):
-        raise DataError(
-            f"{example.where} has {answers} assistant messages, but the chat template does not mark them "
-            "with {% generation %}, so what to learn is unknown; add the marks or split the conversations."
+    if not GENERATION.search(_template(tokenizer)):
+        raise Reject(
+            "several answers, which the chat template does not mark: add {% generation %} to it, or split them",
+            f"{len(answers)} answers",
         )
     return _marked_answers(example, tokenizer, max_length)
+
+
+def _template(tokenizer) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none of them the default
+        raise Reject("the tokenizer names no default chat template", shortened(first_line(error))) from None
 
 
 def _render(tokenizer, messages, **options):

@@ -1,6 +1,7 @@
 """Which of a directory's files are read. One that is passed over is counted, or said: it may hold what was meant."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,7 +11,21 @@ from launch.text import one_line, shortened
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by `datasets` beside its data
 TRAIN = "train"
 HELD_OUT = "held out"
-HELD_OUT_NAMES = ("test", "valid", "dev", "eval")  # and validation, evaluation, development
+PARTS = {
+    TRAIN: {"train", "training"},
+    HELD_OUT: {
+        "test",
+        "testing",
+        "val",
+        "valid",
+        "validation",
+        "dev",
+        "development",
+        "eval",
+        "evaluation",
+        "heldout",
+    },
+}
 Entries = dict[Path, str]  # with why each is not read: "" where it is
 
 
@@ -19,8 +34,8 @@ def files_of(
 ) -> list[Path]:
     """The data files under `folder` in sorted order; what else is there goes into `report`, with why it is not read.
 
-    Nothing hidden, and nothing that is obviously about the data. With names of both kinds, train* and test*, only one
-    kind is read, and the report says what is left out: to train on, train*; as held-out data (`held_out`), test*.
+    Nothing hidden, and nothing that is obviously about the data. With names of both kinds, train and test, only one
+    kind is read, and the report says what is left out: to train on, train; as held-out data (`held_out`), test.
 
     Raises DataError where there is nothing to read, or when `strict` for the first file that is of no use.
     """
@@ -38,7 +53,7 @@ def files_of(
     if left_out:
         report.left_out.append(_sentence(folder, left_out, held_out))
     for path, why in unread.items():
-        report.add(f"{path}:1", Reject("unread file", why), strict)
+        report.add(f"{path}:1", Reject("unread file", why, whole_file=True), strict)
     return files
 
 
@@ -75,7 +90,7 @@ def _why_unread(path: Path, is_data: Callable[[Path], bool]) -> str:
 def _left_out(entries: Entries, folder: Path, held_out: bool) -> Entries:
     """What is named otherwise than the part that is wanted, where both parts are there."""
     parts = {path: _part(path.relative_to(folder)) for path in entries}
-    # A train* file counts though it is of no kind that is read: what is beside it is not for training even so.
+    # A train file counts though it is of no kind that is read: what is beside it is not for training even so.
     if TRAIN not in parts.values() or all(why for path, why in entries.items() if parts[path] == HELD_OUT):
         return {}
     wanted = HELD_OUT if held_out else TRAIN
@@ -83,12 +98,12 @@ def _left_out(entries: Entries, folder: Path, held_out: bool) -> Entries:
 
 
 def _part(path: Path) -> str | None:
-    """By the name of the file, or else of the innermost directory that says it."""
+    """By a word in the name of the file, or else of the innermost directory that says it."""
     for name in map(str.lower, reversed(path.parts)):
-        if name.startswith(TRAIN):
-            return TRAIN
-        if name.startswith(HELD_OUT_NAMES):
-            return HELD_OUT
+        words = set(re.findall("[a-z]+", name))
+        for part, known in PARTS.items():
+            if words & known:
+                return part
     return None
 
 
@@ -96,7 +111,7 @@ def _sentence(folder: Path, left_out: Entries, held_out: bool) -> str:
     place, names = one_line(str(folder)), _names(left_out)
     if held_out:
         return f"{place} has files to evaluate on by their names, so others are left out: {names}"
-    return f"{place} has files named train*, so others are left out: {names}; to evaluate on them, give --eval_data"
+    return f"{place} has files named train, so others are left out: {names}; to evaluate on them, give --eval_data"
 
 
 def _names(paths: Iterable[Path]) -> str:

@@ -103,7 +103,7 @@ def _read_directory(folder: Path, report: DropReport, strict: bool, held_out: bo
         except DataError as error:
             if strict or len(files) == 1:
                 raise
-            report.add(f"{file}:1", Reject("unusable file", str(error)))
+            report.add(f"{file}:1", Reject("unusable file", str(error), whole_file=True))
     return records
 
 

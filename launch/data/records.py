@@ -13,11 +13,11 @@ class DataError(UserError):
 
 
 class Reject(Exception):
-    """One row cannot be used; `reason` is the class that is counted, `detail` this row's particulars."""
+    """One row cannot be used, or a `whole_file`; `reason` is counted, `detail` is this one's particulars."""
 
-    def __init__(self, reason: str, detail: str = ""):
+    def __init__(self, reason: str, detail: str = "", whole_file: bool = False):
         super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.whole_file = reason, detail, whole_file
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Rejected:
-    """One dropped row."""
+    """One dropped row or file."""
 
     where: str
     reason: str
     detail: str = ""
+    whole_file: bool = False
 
     def __str__(self) -> str:
         return one_line(f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
@@ -59,7 +60,7 @@ class DropReport:
 
     def add(self, where: str, reject: Reject, strict: bool = False) -> None:
         """Count one dropped row. Raises DataError instead when `strict`."""
-        rejected = Rejected(where, reject.reason, reject.detail)
+        rejected = Rejected(where, reject.reason, reject.detail, reject.whole_file)
         self.rejections.append(rejected)
         if strict:
             raise DataError(f"{rejected}. Fix or remove it, or run without --strict to drop it.")
@@ -70,7 +71,8 @@ class DropReport:
 
     def summary(self, examples: int = 3) -> str:
         """A few lines of text: each reason with its count and the first rows it concerns."""
-        lines = [f"{len(self)} rows dropped"]
+        files = sum(rejected.whole_file for rejected in self.rejections)
+        lines = [f"{len(self) - files} rows dropped" + (f", {files} files not read" if files else "")]
         for reason, count in self.counts().most_common():
             rows = [r for r in self.rejections if r.reason == reason]
             lines.append(f"  {count} x {reason}: {_some([row.place() for row in rows], examples)}")
@@ -82,6 +84,12 @@ class DropReport:
             count = len(self.spelled_out)
             lines.append(f"{count} texts hold special tokens, read as those tokens (rows kept): {shown}")
         return "\n".join(lines + self.left_out)
+
+    def lines(self) -> str:
+        """All of it, a line each: `file:line: reason`."""
+        texts = [*map(str, self.rejections), *(f"{one_line(w)}: prompt shortened" for w in self.truncated)]
+        texts += [one_line(f"{where}: holds {token}") for where, token in self.spelled_out.items()]
+        return "".join(f"{text}\n" for text in texts)
 
     def __len__(self) -> int:
         return len(self.rejections)

@@ -14,7 +14,7 @@ class SpelledOut:
         self._start, self._end = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     def first(self, example: Example) -> str | None:
-        """The first that the example's own text has, but for a start and an end token at their places."""
+        """The first in an example's text (of messages, their content), but for a start and an end at their places."""
         if isinstance(example, TextExample):
             texts = [example.prompt.removeprefix(self._start), example.completion.removesuffix(self._end)]
         elif isinstance(example, ChatExample):
