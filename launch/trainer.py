@@ -124,7 +124,8 @@ class SftTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        replicas = self.args.world_size // self.get_tp_size()
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * replicas
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedByLength(rows, [len(ids) for ids in self.train_dataset["input_ids"]], seed)
 

@@ -1,18 +1,20 @@
 """The order in which rows are trained on, where it is not plainly random: a function of seed and epoch alone."""
 
+from itertools import chain
+
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Rows of like length together, drawn anew each epoch.
+    """Steps of rows of like length, the steps in random order, drawn anew each epoch; the longest row comes first.
 
-    transformers' own sampler draws from the process's generator, which stands elsewhere once a run goes on from a
-    checkpoint, and on other ranks.
+    transformers' own sampler leaves fifty steps at a time sorted by length, which makes the loss a saw. It draws from
+    the process's generator, which stands elsewhere once a run goes on from a checkpoint, and on other ranks.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+    def __init__(self, rows_a_step: int, lengths: list[int], seed: int):
+        super().__init__(rows_a_step, lengths=lengths, generator=torch.Generator())
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -20,4 +22,8 @@ class GroupedByLength(LengthGroupedSampler):
 
     def __iter__(self):
         self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        rows = list(super().__iter__())
+        first, *steps = (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
+        last = [steps.pop()] if steps and len(steps[-1]) < self.batch_size else []
+        drawn = torch.randperm(len(steps), generator=self.generator).tolist()
+        return chain(first, *(steps[index] for index in drawn), *last)
