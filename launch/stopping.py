@@ -35,6 +35,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self):
         self.signal = 0
+        self._seen = 0  # on this rank, at any moment, also in the middle of agreeing on it
         self._group = None
 
     def __enter__(self) -> "StopOnSignal":
@@ -46,9 +47,9 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
-        if self.signal == number == signal.SIGINT:
+        if self._seen == number == signal.SIGINT:
             os._exit(128 + number)
-        self.signal = self.signal or number
+        self._seen = self._seen or number
 
     def on_train_begin(self, args, state, control, **kwargs):
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -66,7 +67,7 @@ class StopOnSignal(TrainerCallback):
 
     def _agreed(self) -> int:
         if self._group is None:
-            return self.signal
-        seen = torch.tensor([self.signal])
+            return self._seen
+        seen = torch.tensor([self._seen])
         dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._group)
         return int(seen)

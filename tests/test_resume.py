@@ -158,7 +158,7 @@ def test_every_dropped_row_is_named_in_a_file(runs):
     said = launch_many(runs, 1, [command(runs, ALONE, "dropping", data=runs / "bad.jsonl", max_steps=1)])
     assert "10 rows dropped" in said and f"every dropped row is named in {runs / 'dropping/dropped.txt'}" in said
     lines = (runs / "dropping/dropped.txt").read_text().splitlines()
-    assert sorted(int(line.split(":")[1]) for line in lines) == list(range(41, 51))
+    assert sorted(int(line.split(":")[1]) for line in lines if "shortened" not in line) == list(range(41, 51))
 
 
 def test_nothing_to_train(runs):
