@@ -32,6 +32,7 @@ RANGES = {
     "data_seed": (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
     "dataloader_num_workers": NOT_NEGATIVE,
 }
+OTHER_ROWS = ("dataloader_persistent_workers", "ignore_data_skip")
 METRICS = ("eval_nll", "eval_accuracy")
 # what would do the work of --tp and --zero beside them, or needs what no run here has
 NOT_WITH_DEEPSPEED = ("fsdp", "fsdp_config", "parallelism_config", "push_to_hub")
@@ -45,6 +46,11 @@ def check_values(values: dict) -> None:
     for name in NOT_WITH_DEEPSPEED:
         if values.get(name):
             raise UserError(f"--{name} is not for these runs; ranks share a model by --tp and --zero")
+    for name in OTHER_ROWS:
+        if values.get(name):
+            raise UserError(
+                f"--{name} is not for these runs: one that goes on from a checkpoint would take another course"
+            )
     for name, value in values.items():
         if isinstance(value, str) and value.lstrip().startswith("{"):
             try:

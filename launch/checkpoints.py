@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -201,8 +202,8 @@ def _flush_directory(path: Path) -> None:
 
 def _set_aside(folder: Path) -> str:
     name = f"{DAMAGED}{folder.name}"
-    taken = sum(entry.name.startswith(name) for entry in folder.parent.iterdir())
-    kept = folder.with_name(f"{name}.{taken}" if taken else name)
+    names = chain([name], (f"{name}.{number}" for number in count(1)))
+    kept = next(path for path in map(folder.with_name, names) if not path.exists())
     folder.rename(kept)
     return kept.name
 

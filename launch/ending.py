@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from launch.errors import LocalError, UserError
 from launch.processes import is_main, leave, rank
 from launch.stopping import Stopped
-from launch.text import first_line, printable
+from launch.text import first_line, printable, shortened
 from smoothing import UnsupportedModel
 
 # What gloo, NCCL and the store say to the ranks that outlive another.
@@ -23,10 +23,11 @@ PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
-    "NCCL",
-    "TCPStore",
+    "ncclRemoteError",
+    "communicator was aborted",
+    "recvValue failed",
 )
-ALIKE_SECONDS = 3.0  # until the launcher has ended a rank, where rank 0 made the same mistake
+ALIKE_SECONDS = 3.0  # until the launcher has ended a rank, where another one ended first
 NO_MEMORY = "DefaultCPUAllocator: "  # what torch says on a CPU
 LESS_MEMORY = (
     "what takes less: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
@@ -63,6 +64,8 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except Exception as fault:
         if sentence := _mishap(fault):
             _tell(sentence, everywhere=True)
+            if _peer_lost(fault):
+                time.sleep(ALIKE_SECONDS)
         else:
             traceback.print_exc()
     sys.stdout.flush()
@@ -82,9 +85,15 @@ def _mishap(fault: Exception) -> str | None:
         return f"error: rank {rank()}: a file could not be read or written: {text}"
     if isinstance(fault, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in text:
         return f"error: rank {rank()} has no memory left ({first_line(fault)}); {LESS_MEMORY}"
-    if any(words in text for words in PEER_LOST):
-        return f"rank {rank()}: another rank is gone, this one stops; what it said stands above"
+    if _peer_lost(fault):
+        reason = shortened(first_line(fault), 200)
+        return f"rank {rank()}: another rank is gone, this one stops; what it said stands above (seen here: {reason})"
     return None
+
+
+def _peer_lost(fault: Exception) -> bool:
+    """Whether another rank's end is what this one saw: the exit code is to be that one's."""
+    return any(words in str(fault) for words in PEER_LOST)
 
 
 def _tell_mistake(text: str) -> None:

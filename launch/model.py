@@ -172,7 +172,11 @@ def _check_generation(model: PreTrainedModel) -> None:
         if model.generation_config is not None:
             model.generation_config.validate(strict=True)
     except Exception as fault:
-        raise UserError(f"generation_config.json of the model: {first_line(fault)}") from None
+        reason = shortened(" ".join(str(fault).split()), 300)
+        raise UserError(
+            f"generation_config.json of the model cannot be saved again: {reason} Mend it (do_sample true goes with "
+            "temperature and top_p), or remove the file"
+        ) from None
 
 
 def _named(fault: Exception) -> str:

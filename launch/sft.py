@@ -24,6 +24,7 @@ load_weights_only()
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.checkpoints import reading
@@ -129,6 +130,8 @@ def check_arguments(args: SftTrainingArguments) -> None:
     if args.hf_deepspeed_config.mismatches:
         lines = "\n".join(args.hf_deepspeed_config.mismatches)
         raise UserError(f'the DeepSpeed file says other values than the recipe; set them to "auto" there:\n{lines}')
+    if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
+        raise UserError("--save_strategy best needs evaluations, and --eval_strategy is no; nothing would be saved")
     if not args.accelerator_config.use_seedable_sampler:
         raise UserError("--accelerator_config use_seedable_sampler false: a run that goes on would take other rows")
     if args.fp16 and not get_accelerator().is_fp16_supported():
@@ -155,6 +158,8 @@ def make_trainer(
     data_parallel = args.world_size // options.tp
     heldout = fill_to_multiple(data.heldout, data_parallel * args.per_device_eval_batch_size, tokenizer.eos_token_id)
     if not len(heldout):
+        if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+            raise UserError("the best checkpoint is told by held-out rows, and there are none; give --eval_data")
         args.eval_strategy, args.eval_on_start, heldout = "no", False, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     trainer = SftTrainer(

@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from launch import checkpoints
 from launch.data.order import GroupedByLength
+from launch.errors import UserError
 from launch.milestones import Milestones
 from launch.nonfinite import NonFiniteSteps, check_weights, not_finite, skip_without_zero
 from launch.processes import is_main, on_all_ranks
@@ -96,6 +97,7 @@ class SftTrainer(Trainer):
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
         self._where: list[str] = []
         self._aside: Path | None = None
+        self._by_length: GroupedByLength | None = None
         self.add_callback(Stage0GradNorm(self))
         self.add_callback(watchdog)
 
@@ -127,13 +129,16 @@ class SftTrainer(Trainer):
         replicas = self.args.world_size // self.get_tp_size()
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * replicas
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedByLength(rows, [len(ids) for ids in self.train_dataset["input_ids"]], seed)
+        self._by_length = GroupedByLength(rows, [len(ids) for ids in self.train_dataset["input_ids"]], seed)
+        return self._by_length
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args, epoch: int, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed at its end; Trainer would take one step more
             self.control.should_training_stop = True
             return None
-        return super()._run_epoch(*args, **kwargs)
+        if self._by_length is not None:  # Trainer does not reach it through what skips batches on several ranks
+            self._by_length.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The next learning rate is by this run's schedule: the saved one may be of a schedule with another end."""
@@ -162,6 +167,24 @@ class SftTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best)  # of this directory, wherever it was copied from
+        if fault := checkpoints.damage(best):
+            raise UserError(
+                f"the best checkpoint, {best}, is not whole: {fault}; without --load_best_model_at_end the last "
+                "weights are exported"
+            )
+        super()._load_best_model()
+
+    def _finalize_training(self, *args, **kwargs):
+        """Without Trainer's removal of all checkpoints but the best one: nothing is exported yet."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _point_to_best(self, folder: Path, run: Path) -> None:
         """Trainer has noted where the best checkpoint is while this one lies aside."""

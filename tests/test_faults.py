@@ -196,7 +196,7 @@ def test_a_mistake_on_one_rank_alone(folder):
         assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
     finally:
         launch.end()
-    assert launch.launcher.returncode and "Traceback" not in launch.said()
+    assert launch.launcher.returncode == 2 and "Traceback" not in launch.said()
     assert "error: rank 1: 'here.jsonl' should be a data file or directory, but there is none" in launch.said()
 
 

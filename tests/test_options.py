@@ -181,6 +181,8 @@ def test_mistakes_in_flags(argv, word):
         ("metric_for_best_model", "eval_acc", "got 'eval_acc'"),
         ("fsdp", "full_shard", "not for these runs"),
         ("push_to_hub", "true", "not for these runs"),
+        ("dataloader_persistent_workers", "true", "another course"),
+        ("ignore_data_skip", "true", "another course"),
         ("accelerator_config", "{", "not JSON"),
         ("lr_scheduler_kwargs", '{"a": ' + "[" * 100_000, "not JSON"),
     ],

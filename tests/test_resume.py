@@ -181,9 +181,47 @@ def test_rows_grouped_by_length_are_taken_in_the_same_order(runs):
     whole, torn = runs / "grouped", runs / "grouped-torn"
     launch_many(runs, 2, [command(runs, layout, "grouped", **grouped)])
     interrupt(whole, torn)
-    launch_many(runs, 2, [command(runs, layout, "grouped-torn", **grouped)])
-    assert untimed(torn) == untimed(whole) != untimed(runs / name(layout))
-    assert (whole / "model/model.safetensors").read_bytes() == (torn / "model/model.safetensors").read_bytes()
+    second_epoch = runs / "grouped-second-epoch"
+    shutil.copytree(whole, second_epoch)
+    shutil.rmtree(second_epoch / "model")
+    shutil.rmtree(second_epoch / "checkpoint-8")
+    launch_many(runs, 2, [command(runs, layout, run.name, **grouped) for run in (torn, second_epoch)])
+    for run in (torn, second_epoch):
+        assert untimed(run) == untimed(whole) != untimed(runs / name(layout))
+        assert (whole / "model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
+
+
+def test_the_best_checkpoint_is_looked_at_and_the_last_one_is_kept(runs):
+    """A run that was killed before its export, whose best checkpoint is not its last, in a copied directory."""
+    options = {"load_best_model_at_end": True, "save_steps": 4, "save_total_limit": 1}
+    whole = runs / "best"
+    launch_many(runs, 1, [command(runs, ALONE, "best", **options | {"save_total_limit": 5})])
+    shutil.rmtree(whole / "model")
+    last = whole / "checkpoint-8"
+    facts = checkpoints.facts_of(last)
+    state = json.loads((last / "trainer_state.json").read_text()) | {"best_global_step": 4, "best_metric": 0.0}
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    (last / MANIFEST).unlink()
+    checkpoints.seal(last, facts)
+    for copied in ("best-copied", "best-damaged"):
+        shutil.copytree(whole, runs / copied)
+    file = next((runs / "best-damaged/checkpoint-4").rglob("*model_states.pt"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    said = launch_many(runs, 1, [command(runs, ALONE, "best-damaged", **options)], code=2)
+    assert f"the best checkpoint, {runs / 'best-damaged/checkpoint-4'}, is not whole: " in said
+    shutil.rmtree(whole)
+    launch_many(runs, 1, [command(runs, ALONE, "best-copied", **options)])
+    exported, best = (
+        load_file(runs / "best-copied" / part / "model.safetensors") for part in ("model", "checkpoint-4")
+    )
+    assert all(torch.equal(exported[key], best[key]) for key in exported)
+    assert (runs / "best-copied/checkpoint-8").exists()
+
+
+def test_a_best_checkpoint_that_nothing_could_tell_is_refused(runs):
+    bare = {"save_strategy": "best", "eval_data": runs / "heldout.jsonl", "eval_strategy": "no"}
+    said = launch_many(runs, 1, [command(runs, ALONE, "untold", **bare)], code=2)
+    assert "--save_strategy best needs evaluations" in said and "Traceback" not in said
 
 
 def test_a_sampler_that_would_take_other_rows_is_refused(runs):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from launch.data.records import DataError, DropReport, Reject
@@ -11,20 +12,10 @@ from launch.text import one_line, shortened
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by `datasets` beside its data
 TRAIN = "train"
 HELD_OUT = "held out"
-PARTS = {
-    TRAIN: {"train", "training"},
-    HELD_OUT: {
-        "test",
-        "testing",
-        "val",
-        "valid",
-        "validation",
-        "dev",
-        "development",
-        "eval",
-        "evaluation",
-        "heldout",
-    },
+MORE = "(s|set|data|split)?"
+PARTS = {  # a name that says both is not trained on
+    HELD_OUT: re.compile(f"(test|val|valid|validation|dev|eval|evaluation|held.?out|hold.?out){MORE}"),
+    TRAIN: re.compile(f"train(ing)?{MORE}"),
 }
 Entries = dict[Path, str]  # with why each is not read: "" where it is
 
@@ -100,9 +91,10 @@ def _left_out(entries: Entries, folder: Path, held_out: bool) -> Entries:
 def _part(path: Path) -> str | None:
     """By a word in the name of the file, or else of the innermost directory that says it."""
     for name in map(str.lower, reversed(path.parts)):
-        words = set(re.findall("[a-z]+", name))
+        words = re.findall("[a-z]+", name)
+        words += [f"{first}-{second}" for first, second in pairwise(words)]  # held_out
         for part, known in PARTS.items():
-            if words & known:
+            if any(map(known.fullmatch, words)):
                 return part
     return None
 

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from launch.data.formats import TokenExample
 from launch.data.records import Reject
-from launch.text import shortened
+from launch.text import first_line, shortened
 
 IGNORED = -100
 
@@ -22,9 +22,12 @@ class Row(TypedDict):
 
 
 def token_ids(text: str, tokenizer) -> list[int]:
-    """The ids of `text` alone."""
-    # verbose=False: no warning about model_max_length, as the length is checked here.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """The ids of `text` alone. Raises Reject for what the tokenizer refuses."""
+    try:
+        # verbose=False: no warning about model_max_length, as the length is checked here.
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # it came with the model, and may raise anything
+        raise Reject("the tokenizer refuses the text", shortened(first_line(error))) from None
 
 
 def join(prompt: list[int], completion: list[int], tokenizer, max_length: int) -> Row:
