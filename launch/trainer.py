@@ -168,23 +168,25 @@ class SftTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
+    def _finalize_training(self, *args, **kwargs):
+        """Without Trainer's removal of all checkpoints but the best one: nothing is exported yet."""
+        if self.state.best_global_step:  # in this directory, wherever it was copied from
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _load_best_model(self) -> None:
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        self.state.best_model_checkpoint = str(best)  # of this directory, wherever it was copied from
+        best = Path(self.state.best_model_checkpoint)
         if fault := checkpoints.damage(best):
             raise UserError(
                 f"the best checkpoint, {best}, is not whole: {fault}; without --load_best_model_at_end the last "
                 "weights are exported"
             )
         super()._load_best_model()
-
-    def _finalize_training(self, *args, **kwargs):
-        """Without Trainer's removal of all checkpoints but the best one: nothing is exported yet."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
 
     def _point_to_best(self, folder: Path, run: Path) -> None:
         """Trainer has noted where the best checkpoint is while this one lies aside."""

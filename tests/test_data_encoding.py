@@ -4,7 +4,10 @@ import json
 import random
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from launch.data.corpus import docstring_corpus, is_heldout
 from launch.data.encoding import encode
@@ -223,3 +226,11 @@ def test_default_corpus_end_to_end(corpus, tokenizer, monkeypatch):
     total = len(corpus.train) + len(corpus.heldout)
     assert len(encoded.train) + len(encoded.heldout) + len(encoded.report) == total
     assert all(".py:" in rejected.where for rejected in encoded.report.rejections)
+
+
+def test_what_a_tokenizer_refuses_costs_its_row():
+    words = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]"))  # which it does not have
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    assert encode(TextExample("a", "a", "f:1"), tokenizer, 8)["input_ids"] == [0, 0, 1]
+    with pytest.raises(Reject, match=r"the tokenizer refuses the text .*UNK"):
+        encode(TextExample("a", "b", "f:1"), tokenizer, 8)

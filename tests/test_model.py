@@ -182,7 +182,7 @@ def test_a_pickle_of_weights_is_not_read(tokenizer, tmp_path):
 FILES = {
     "model.safetensors": [b"", b"torn", b"\xff" * 100],
     "config.json": [b"", b"[]", b"{}", b"{"],
-    "generation_config.json": [b'{"temperature": "x", "top_k": -3}'],
+    "generation_config.json": [b'{"temperature": "x", "top_k": -3}', b'{"temperature": 0.9, "top_p": 0.6}'],
     "tokenizer.json": [b"", b"{}", b"[]"],
     "tokenizer_config.json": [b"[]", b"{", b'{"eos_token": 5}'],
 }

@@ -211,11 +211,10 @@ def test_the_best_checkpoint_is_looked_at_and_the_last_one_is_kept(runs):
     assert f"the best checkpoint, {runs / 'best-damaged/checkpoint-4'}, is not whole: " in said
     shutil.rmtree(whole)
     launch_many(runs, 1, [command(runs, ALONE, "best-copied", **options)])
-    exported, best = (
-        load_file(runs / "best-copied" / part / "model.safetensors") for part in ("model", "checkpoint-4")
-    )
+    copied = runs / "best-copied"
+    exported, best = (load_file(copied / part / "model.safetensors") for part in ("model", "checkpoint-4"))
     assert all(torch.equal(exported[key], best[key]) for key in exported)
-    assert (runs / "best-copied/checkpoint-8").exists()
+    assert (copied / "checkpoint-8").exists()
 
 
 def test_a_best_checkpoint_that_nothing_could_tell_is_refused(runs):
