@@ -23,9 +23,11 @@ PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
-    "ncclRemoteError",
-    "communicator was aborted",
+    "Connection was likely closed",
     "recvValue failed",
+    "ncclRemoteError",
+    "remote process exited",
+    "communicator was aborted",
 )
 ALIKE_SECONDS = 3.0  # until the launcher has ended a rank, where another one ended first
 NO_MEMORY = "DefaultCPUAllocator: "  # what torch says on a CPU
