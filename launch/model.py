@@ -20,6 +20,7 @@ from launch.ending import has_its_sentence
 from launch.errors import UserError
 from launch.model_config import build_model, one_line
 from launch.options import SftOptions
+from launch.processes import say
 from launch.text import first_line, shortened
 from smoothing.install import causal_lm, check_model
 
@@ -88,13 +89,15 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
 def _check_loaded(model: str, found: dict) -> None:
     """transformers makes up weights that a file does not hold, at random, and passes over those it does not know."""
     missing, wrong = sorted(found["missing_keys"]), sorted(found["mismatched_keys"], key=str)
+    unknown = sorted(found["unexpected_keys"])
     if missing or wrong:
         named = [*missing, *(str(key[0] if isinstance(key, tuple) else key) for key in wrong)]
-        unknown = len(found["unexpected_keys"])
         raise UserError(
             f"--model {model} does not hold the weights of its configuration: {shortened(', '.join(named))} "
-            f"({len(missing)} missing, {len(wrong)} of another shape, {unknown} unknown); they would be random"
+            f"({len(missing)} missing, {len(wrong)} of another shape, {len(unknown)} unknown); they would be random"
         )
+    if unknown:
+        say(f"{len(unknown)} weights of {model} have no place in its configuration: {shortened(', '.join(unknown))}")
 
 
 @contextmanager

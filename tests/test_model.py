@@ -165,6 +165,16 @@ def test_weights_that_are_not_the_configurations_are_not_made_up(tokenizer, tmp_
         load_model(SftOptions(model=str(tmp_path)), tokenizer, torch.float32, seed=0)
 
 
+def test_weights_that_have_no_place_are_said(tokenizer, tmp_path, capsys):
+    """As of a configuration that has fewer layers than the file."""
+    build(tokenizer, num_hidden_layers=2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = {"num_hidden_layers": 1, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **layers}))
+    load_model(SftOptions(model=str(tmp_path)), tokenizer, torch.float32, seed=0)
+    assert "weights of" in (said := capsys.readouterr().out) and "model.layers.1.input_layernorm.weight" in said
+
+
 def test_tied_weights_are_not_missing(tokenizer, tmp_path):
     build(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
