@@ -23,8 +23,10 @@ from launch.processes import on_all_ranks, rank, world_size
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
 STORAGE_PATIENCE = 6  # times as long while all that is waited for is storage
+# torch's, and this project's, which begin and wait
+COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py", "collectives.py")
 # between a collective and who wanted it
-WRAPPERS = ("torch/", "deepspeed/comm/", "deepspeed/utils/", "typing_extensions.py")
+WRAPPERS = ("torch/", "smoothing/collectives.py", "deepspeed/comm/", "deepspeed/utils/", "typing_extensions.py")
 
 
 class Watchdog(TrainerCallback):
@@ -146,7 +148,7 @@ def where(frame) -> str:
         inside = Path(frame.f_code.co_filename)
         if collective is not None and not any(f"/{package}" in str(inside) for package in WRAPPERS):
             return f"waits in {collective}, called at {_short(inside)}:{frame.f_lineno}"
-        if inside.name in ("distributed_c10d.py", "_functional_collectives.py") and frame.f_code.co_name != "wrapper":
+        if inside.name in COLLECTIVES and frame.f_code.co_name != "wrapper":
             collective = frame.f_code.co_name
         frame = frame.f_back
     if innermost is None:

@@ -27,11 +27,11 @@ def start_all_gather(message: Tensor, shard: VocabShard) -> Callable[[], Tensor]
     sent = message.contiguous().view(-1)
     work = _all_gather(messages, sent, group=shard.group, async_op=True)
 
-    def wait() -> Tensor:
+    def all_gather_wait() -> Tensor:  # by this name a stack trace tells what is waited for
         work.wait()
         return messages.view(shard.world_size, sent.numel())
 
-    return wait
+    return all_gather_wait
 
 
 def start_all_reduce(part: Tensor, shard: VocabShard) -> Callable[[], object]:
@@ -41,4 +41,9 @@ def start_all_reduce(part: Tensor, shard: VocabShard) -> Callable[[], object]:
     """
     if shard.world_size == 1:
         return lambda: None
-    return dist.all_reduce(part, group=shard.group, async_op=True).wait
+    work = dist.all_reduce(part, group=shard.group, async_op=True)
+
+    def all_reduce_wait() -> None:
+        work.wait()
+
+    return all_reduce_wait
