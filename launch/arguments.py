@@ -32,8 +32,8 @@ RANGES = {
     "data_seed": (lambda x: 0 <= x < 2**32, "at least 0 and below 2^32"),
     "dataloader_num_workers": NOT_NEGATIVE,
 }
-OTHER_ROWS = ("dataloader_persistent_workers", "ignore_data_skip")
-METRICS = ("eval_nll", "eval_accuracy")
+NOT_RESUMABLE = ("dataloader_persistent_workers", "ignore_data_skip")
+BEST_METRICS = ("eval_nll", "eval_accuracy")
 # what would do the work of --tp and --zero beside them, or needs what no run here has
 NOT_WITH_DEEPSPEED = ("fsdp", "fsdp_config", "parallelism_config", "push_to_hub")
 
@@ -46,7 +46,7 @@ def check_values(values: dict) -> None:
     for name in NOT_WITH_DEEPSPEED:
         if values.get(name):
             raise UserError(f"--{name} is not for these runs; ranks share a model by --tp and --zero")
-    for name in OTHER_ROWS:
+    for name in NOT_RESUMABLE:
         if values.get(name):
             raise UserError(
                 f"--{name} is not for these runs: one that goes on from a checkpoint would take another course"
@@ -58,8 +58,8 @@ def check_values(values: dict) -> None:
             except (ValueError, RecursionError) as fault:
                 raise UserError(f"--{name} is not JSON: {fault}") from None
     metric = values.get("metric_for_best_model")
-    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in METRICS:
-        raise UserError(f"--metric_for_best_model must be one of {', '.join(METRICS)}, got {metric!r}")
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in BEST_METRICS:
+        raise UserError(f"--metric_for_best_model must be one of {', '.join(BEST_METRICS)}, got {metric!r}")
     steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 1.0)
     if steps == 0 or steps < -1:
         raise UserError(f"--max_steps must be at least 1, got {steps}; leave it out for --num_train_epochs")

@@ -74,6 +74,7 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # `_check_loaded` names them
                 output_loading_info=True,
             )
     except StrictDataclassError as fault:

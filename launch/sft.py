@@ -140,8 +140,7 @@ def check_arguments(args: SftTrainingArguments) -> None:
 
 def name_dropped(report: DropReport, file: Path) -> None:
     """Every row that was dropped or shortened, in a file of the run."""
-    if is_main():
-        write_whole(file, report.lines())
+    from_main(lambda: write_whole(file, report.lines()))
     if len(report):
         say(f"  every dropped row is named in {file}")
 
