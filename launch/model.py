@@ -21,7 +21,7 @@ from launch.errors import UserError
 from launch.model_config import build_model, one_line
 from launch.options import SftOptions
 from launch.processes import say
-from launch.text import first_line, shortened
+from launch.text import shortened
 from smoothing.install import causal_lm, check_model
 
 
@@ -176,12 +176,15 @@ def _check_generation(model: PreTrainedModel) -> None:
         if model.generation_config is not None:
             model.generation_config.validate(strict=True)
     except Exception as fault:
-        reason = shortened(" ".join(str(fault).split()), 300)
         raise UserError(
-            f"generation_config.json of the model cannot be saved again: {reason} Mend it (do_sample true goes with "
+            f"generation_config.json of the model cannot be saved again: {_in_a_line(fault)} Mend it (do_sample true goes with "
             "temperature and top_p), or remove the file"
         ) from None
 
 
 def _named(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {first_line(fault)}"
+    return f"{type(fault).__name__}: {_in_a_line(fault)}"
+
+
+def _in_a_line(fault: Exception) -> str:
+    return shortened(" ".join(str(fault).split()), 300)
