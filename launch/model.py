@@ -177,8 +177,8 @@ def _check_generation(model: PreTrainedModel) -> None:
             model.generation_config.validate(strict=True)
     except Exception as fault:
         raise UserError(
-            f"generation_config.json of the model cannot be saved again: {_in_a_line(fault)} Mend it (do_sample true goes with "
-            "temperature and top_p), or remove the file"
+            f"generation_config.json of the model cannot be saved again: {_in_a_line(fault)} Mend it "
+            "(do_sample true goes with temperature and top_p), or remove the file"
         ) from None
 
 
