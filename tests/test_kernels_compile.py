@@ -84,7 +84,8 @@ def compiled(kernel, variant: Variant):
         if types[name].startswith("*") or (types[name] == "i32" and variant.aligned and name not in unspecialised)
     ]
     source = ASTSource(kernel, types, constants, {(place,): [["tt.divisibility", 16]] for place in by_16})
-    return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32))
+    target = GPUTarget("cuda", variant.capability, 32)
+    return triton.compile(source, target=target, options=passes_triton.COMPILER)
 
 
 def instructions(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
