@@ -1,7 +1,7 @@
 """Ranks that share a vocabulary find out together whether they agree, and fail together.
 
-Each loss sends a header of nine int64 (72 bytes): a rank whose arguments are wrong still takes part, and every other
-rank learns of it in the very collective that it would otherwise have waited in.
+Where there are several, each loss sends a header of nine int64 (72 bytes): a rank whose arguments are wrong still
+takes part, and every other rank learns of it in the very collective that it would otherwise have waited in.
 
 The loss from logits sends it in front of its statistics, in the same all-gather. The first time that a shard is used
 it is exchanged once more, alone and before anything else: only then can ranks with different numbers of tokens be
@@ -25,7 +25,7 @@ from smoothing.shard import VocabShard
 HEADER_FIELDS = 9
 ALIKE = slice(3, 8)  # of the fields: what all ranks must say alike
 FLOATS = 7  # the first of them
-BATCH, PRIOR_MASS = 6, 8
+REFUSED, START, TOKENS, BATCH, PRIOR_MASS = 0, 1, 4, 6, 8
 MIXERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of splitmix64
 PRIOR_MASS_TOLERANCE = 1e-4
 
@@ -87,10 +87,10 @@ def meet_once(header_H: Tensor, shard: VocabShard) -> None:
     """Exchange the headers alone, the first time that this shard is used: keep a shard, and it is done once.
 
     Raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree.
-    Collectives: one all-gather of 72 bytes a rank, once for each `VocabShard`; none with one rank. Remembering bounds
-    instead would part the ranks when a vocabulary is cut anew and some of them keep theirs.
+    Collectives: one all-gather of 72 bytes a rank, once for each `VocabShard`. Remembering bounds instead would part
+    the ranks when a vocabulary is cut anew and some of them keep theirs.
     """
-    if shard.world_size == 1 or shard.widest is not None:
+    if shard.widest is not None:
         return
     shard.note_met(_widest(Header.decode_all(all_gather(header_H, shard)), shard.rank))
 
@@ -98,7 +98,7 @@ def meet_once(header_H: Tensor, shard: VocabShard) -> None:
 class Meeting(NamedTuple):
     """What ranks that agree know of one another."""
 
-    headers_RH: Tensor  # [R, 9]
+    headers_RH: Tensor | None  # [R, 9]; None for one rank
     widest: int  # columns of the largest shard, on the host
 
 
@@ -106,19 +106,18 @@ def start_meeting(header_H: Tensor, shard: VocabShard) -> Callable[[], Meeting]:
     """Send the header alone, whatever was agreed on before; calling what is returned ends the meeting.
 
     That call raises `ValueError` on every rank if any rank refused its arguments or the ranks do not agree. On a
-    device only the first for a shard reads the headers on the host: later ones, and those of a rank that is alone and
-    has nobody to wait for, assert there.
-    Collectives: one all-gather of 72 bytes a rank, none with one rank.
+    device only the first for a shard reads the headers on the host: later ones assert there.
+    Collectives: one all-gather of 72 bytes a rank.
     """
     wait = start_all_gather(header_H, shard)
-    widest = shard.size if shard.world_size == 1 else shard.widest
+    known = shard.widest is not None
 
     def end() -> Meeting:
         headers_RH = wait()
-        if widest is not None and headers_RH.device.type != "cpu":
+        if known and headers_RH.device.type != "cpu":
             check(headers_RH, shard.rank)
-            return Meeting(headers_RH, widest)
-        shard.note_met(_widest(Header.decode_all(headers_RH), shard.rank))
+        else:
+            shard.note_met(_widest(Header.decode_all(headers_RH), shard.rank))
         return Meeting(headers_RH, shard.widest)
 
     return end
@@ -133,10 +132,8 @@ def _widest(headers: list[Header], rank: int) -> int:
 def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Give every rank the statistics of all: `stats_RFT` and the headers `[R, 9]` that came with them.
 
-    Collectives: one all-gather of 72 + stats bytes a rank; none with one rank.
+    Collectives: one all-gather of 72 + stats bytes a rank.
     """
-    if shard.world_size == 1:
-        return stats_FT.unsqueeze(0), header_H.unsqueeze(0)
     message = torch.cat([header_H.view(stats_FT.dtype), stats_FT.flatten()])
     messages_R = all_gather(message, shard)
     width = message.numel() - stats_FT.numel()
@@ -152,7 +149,7 @@ def check(headers_RH: Tensor, rank: int) -> None:
         alike = (headers_RH[:, ALIKE] == headers_RH[rank, ALIKE]).all()
         mass = headers_RH[:, PRIOR_MASS].contiguous().view(torch.float64).sum()
         whole = (mass - 1).abs() <= PRIOR_MASS_TOLERANCE
-        torch._assert_async((headers_RH[:, 0] == 0).all() & alike & whole)
+        torch._assert_async((headers_RH[:, REFUSED] == 0).all() & alike & whole)
 
 
 def raise_disagreement(headers: list[Header], rank: int) -> None:

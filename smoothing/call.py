@@ -3,8 +3,9 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import NamedTuple, NoReturn
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from smoothing import agreement
-from smoothing.agreement import Header
+from smoothing.agreement import Header, Meeting
 from smoothing.options import LossOptions
 from smoothing.shard import VocabShard
 from smoothing.shard_statistics import Combined, ShardStatistics, combine
@@ -46,7 +47,7 @@ class LossCall:
     prior: Tensor | None  # [K], in the statistics' dtype
     statistics_dtype: torch.dtype
     input_dtype: torch.dtype
-    batch: Tensor | None = None  # `agreement.batch_checksum`; None for a call that is only going to be refused
+    batch: Tensor | None = None  # `agreement.batch_checksum`; None for one rank, or a call that is to be refused
     alike: tuple = ()  # whatever else the ranks must have alike
 
     @property
@@ -78,64 +79,105 @@ class LossCall:
             lse_gradient_T = lse_gradient_T + 2 * z_loss * (combined.maximum + combined.log_sum_exp)
         return lse_gradient_T * (base_T - combined.maximum - combined.log_sum_exp).exp()
 
+    def meet(self) -> Callable[[], Meeting]:
+        """Begin to find out whether all ranks can compute this loss; calling what is returned ends that.
+
+        Collectives: those of `agreement.start_meeting`; none with one rank.
+        """
+        if self.shard.world_size > 1:
+            return agreement.start_meeting(self.header(), self.shard)
+        self.check_alone()
+        return lambda: Meeting(None, self.shard.size)
+
+    def check_alone(self) -> None:
+        """What ranks find out together, where there is one: `ValueError`, or on a device an assertion there."""
+        header, mass = self._said(), self._prior_mass()
+        if self.target.device.type == "cpu":
+            agreement.raise_disagreement([header if mass is None else replace(header, prior_mass=mass.item())], 0)
+            return
+        agreement.raise_disagreement([header], 0)
+        fine = [] if self.soft else [~self.targets_outside().any()]
+        fine += [] if mass is None else [(mass - 1).abs() <= agreement.PRIOR_MASS_TOLERANCE]
+        for condition in fine:
+            torch._assert_async(condition)
+
     def header(self, refused: bool = False) -> Tensor:
         """This rank's header (see `agreement`), on the target's device."""
         if refused:
             return Header.refusal().encode().to(self.target.device)
-        extra = (self.input_dtype, self.soft, self.prior is not None, *self.alike)
-        header = Header(
-            refused=False,
-            start=self.shard.start,
-            stop=self.shard.stop,
-            vocab_size=self.shard.vocab_size,
-            tokens=self.tokens,
-            digest=self.options.digest(*extra),
-            batch=0,
-            label_smoothing=self.options.label_smoothing,
-            prior_mass=self.shard.real_size / self.shard.vocab_size,
-        )
-        header_H = _on_device(header, self.target.device).clone()
-        if self.prior is not None:
-            mass = self.prior.sum(dtype=torch.float64).masked_fill((self.prior < 0).any(), torch.nan)
+        header_H = _on_device(self._said(), self.target.device).clone()
+        header_H[agreement.TOKENS].fill_(self.tokens)
+        if (mass := self._prior_mass()) is not None:
             header_H[agreement.PRIOR_MASS] = mass.view(torch.int64)
         if self.batch is not None:
             header_H[agreement.BATCH] = self.batch
         if not self.soft and header_H.device.type != "cpu":
-            header_H[0] = self.targets_outside().any()
+            header_H[agreement.REFUSED] = self.targets_outside().any()
         return header_H
+
+    def _said(self) -> Header:
+        """Of this rank's header, what is the same from step to step."""
+        return Header(
+            refused=False,
+            start=self.shard.start,
+            stop=self.shard.stop,
+            vocab_size=self.shard.vocab_size,
+            tokens=0,
+            digest=self.options.digest(self.input_dtype, self.soft, self.prior is not None, *self.alike),
+            batch=0,
+            label_smoothing=self.options.label_smoothing,
+            prior_mass=self.shard.real_size / self.shard.vocab_size,
+        )
+
+    def _prior_mass(self) -> Tensor | None:
+        """Of this shard, `[]` fp64; NaN if a number is negative. None where the prior is uniform."""
+        if self.prior is None:
+            return None
+        return self.prior.sum(dtype=torch.float64).masked_fill((self.prior < 0).any(), torch.nan)
 
     def targets_outside(self) -> Tensor:
         """`[T]`: labels that no vocabulary entry answers to."""
         return self.valid_T & ((self.target < 0) | (self.target >= self.shard.vocab_size))
 
     def combine_all(self, own: ShardStatistics) -> Combined:
-        """Exchange statistics with the other ranks and add them up. Collectives: one all-gather."""
+        """All ranks' statistics added up. Collectives: one all-gather; none with one rank."""
+        if self.shard.world_size == 1:
+            self.check_alone()
+            return self.combine(own.stack().unsqueeze(0), None)
         header_H = self.header()
         agreement.meet_once(header_H, self.shard)
         stats_RFT, headers_RH = agreement.exchange(own.stack(), header_H, self.shard)
         agreement.check(headers_RH, self.shard.rank)
         return self.combine(stats_RFT, headers_RH)
 
-    def combine(self, stats_RFT: Tensor, headers_RH: Tensor, tokens=slice(None), with_prior: bool = True) -> Combined:
-        """All ranks' statistics of these tokens added up."""
-        owner_T = None
-        if not self.soft:
-            starts_R = headers_RH[:, 1].contiguous()
-            label_T = self.target[tokens].clamp(0, self.shard.vocab_size - 1)
-            owner_T = torch.bucketize(label_T, starts_R, right=True) - 1
-        prior_mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64) if with_prior else None
-        return combine(stats_RFT, owner_T, prior_mass_R)
+    def combine(
+        self, stats_RFT: Tensor, headers_RH: Tensor | None, tokens=slice(None), with_prior: bool = True
+    ) -> Combined:
+        """All ranks' statistics of these tokens added up; `headers_RH` None for one rank."""
+        if headers_RH is None:
+            owner_T = torch.zeros(stats_RFT.shape[-1], dtype=torch.int64, device=stats_RFT.device)
+            mass_R = stats_RFT.new_ones(1)
+        else:
+            owner_T = None if self.soft else self._owner(self.target[tokens], headers_RH[:, agreement.START])
+            mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64)
+        return combine(stats_RFT, None if self.soft else owner_T, mass_R if with_prior else None)
+
+    def _owner(self, label_n: Tensor, start_R: Tensor) -> Tensor:
+        """The rank that holds each label."""
+        label_n = label_n.clamp(0, self.shard.vocab_size - 1)
+        return torch.bucketize(label_n, start_R.contiguous(), right=True) - 1
 
     def refuse_at_meeting(self, fault: Exception) -> NoReturn:
         """Raise `fault` as a `ValueError` here; the other ranks learn of it in `agreement.start_meeting`."""
-        with suppress(ValueError):  # the meeting tells this rank what it already knows
-            agreement.start_meeting(self.header(refused=True), self.shard)()
+        if self.shard.world_size > 1:
+            with suppress(ValueError):  # the meeting tells this rank what it already knows
+                agreement.start_meeting(self.header(refused=True), self.shard)()
         raise _as_value_error(fault)
 
     def refuse_at_exchange(self, fault: Exception) -> NoReturn:
         """Raise `fault` as a `ValueError` here; the other ranks learn of it in `combine_all`."""
-        header_H = self.header(refused=True)
-        if self.shard.group is not None:
+        if self.shard.world_size > 1:
+            header_H = self.header(refused=True)
             with suppress(ValueError):
                 agreement.meet_once(header_H, self.shard)
                 nothing = ShardStatistics.nothing(
@@ -167,7 +209,7 @@ class LossCall:
 
 
 def _on_device(header: Header, device: torch.device) -> Tensor:
-    """What of a header does not change from step to step, copied to a device once; so a graph can be captured."""
+    """A header copied to a device once, since each such copy makes the host wait."""
     if (header, device) not in _headers:
         if len(_headers) >= HEADERS_KEPT:
             _headers.clear()

@@ -107,7 +107,7 @@ def _checked(
         prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=dtype,
-        batch=agreement.batch_checksum(flat_T, num_items_in_batch),
+        batch=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
         alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
     )
     return _Job(call, leading, rows_N, masked, wanted, num_items_in_batch, chunk_bytes, return_stats)
@@ -142,7 +142,7 @@ class _Job:
 
     def forward(self, *tensors: Tensor | None, token_weight_N: Tensor | None = None) -> "_Outcome":
         """Loss and statistics; the gradients' sums too if tokens' weights are given."""
-        meeting = agreement.start_meeting(self.call.header(), self.call.shard)
+        meeting = self.call.meet()
         head = self.head(*tensors)
         gradients = None
         if token_weight_N is not None:
@@ -266,7 +266,10 @@ def keeps_every_row(device: torch.device) -> bool:
 
     Only while a CUDA graph is captured, since they cost what labelled ones cost.
     """
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _labelled(target_T: Tensor, ignore_index: int) -> Tensor | None:

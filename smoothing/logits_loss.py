@@ -76,7 +76,7 @@ def _checked(logits, target, shard, options: LossOptions, prior, num_items_in_ba
         prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=logits.dtype,
-        batch=agreement.batch_checksum(flat_T, num_items_in_batch),
+        batch=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
     )
 
 

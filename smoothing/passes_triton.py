@@ -33,25 +33,26 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
             count, soft=False, prior=with_prior, dtype=torch.float32, device=logits_TS.device
         )
     if count:
-        _statistics_kernel[(count,)](
-            logits_TS,
-            *logits_TS.stride(),
-            target.contiguous(),
-            _prior(call, logits_TS),
-            stats_FT,
-            count,
-            call.shard.start,
-            real_size,
-            1 / call.shard.vocab_size,
-            options.ignore_index,
-            options.logit_softcap or 1.0,
-            CAPPED=options.logit_softcap is not None,
-            SMOOTHED=with_prior and options.label_smoothing > 0,
-            WITH_FIELD=with_prior,
-            UNIFORM=call.prior is None,
-            BLOCK=_block(real_size),
-            **COMPILER,
-        )
+        with _current(logits_TS):
+            _statistics_kernel[(count,)](
+                logits_TS,
+                *logits_TS.stride(),
+                target.contiguous(),
+                _prior(call, logits_TS),
+                stats_FT,
+                count,
+                call.shard.start,
+                real_size,
+                1 / call.shard.vocab_size,
+                options.ignore_index,
+                options.logit_softcap or 1.0,
+                CAPPED=options.logit_softcap is not None,
+                SMOOTHED=with_prior and options.label_smoothing > 0,
+                WITH_FIELD=with_prior,
+                UNIFORM=call.prior is None,
+                BLOCK=_block(real_size),
+                **COMPILER,
+            )
     return ShardStatistics(*stats_FT.unbind(), *([] if with_prior else [None]))
 
 
@@ -71,31 +72,37 @@ def gradient(
         return out_TS
     block = _block(width)
     blocks = triton.cdiv(width, block)
-    _gradient_kernel[(count * blocks,)](
-        logits_TS,
-        *logits_TS.stride(),
-        out_TS,
-        *out_TS.stride(),
-        target.contiguous(),
-        _prior(call, logits_TS),
-        base_T,
-        scale_T,
-        weight_T.contiguous(),  # an upstream gradient may be one number, expanded
-        blocks,
-        call.shard.start,
-        call.shard.real_size,
-        width,
-        options.ignore_index,
-        1 - options.label_smoothing,
-        options.label_smoothing if call.prior is not None else options.label_smoothing / call.shard.vocab_size,
-        options.logit_softcap or 1.0,
-        CAPPED=options.logit_softcap is not None,
-        SMOOTHED=with_prior and options.label_smoothing > 0,
-        UNIFORM=call.prior is None,
-        BLOCK=block,
-        **COMPILER,
-    )
+    with _current(logits_TS):
+        _gradient_kernel[(count * blocks,)](
+            logits_TS,
+            *logits_TS.stride(),
+            out_TS,
+            *out_TS.stride(),
+            target.contiguous(),
+            _prior(call, logits_TS),
+            base_T,
+            scale_T,
+            weight_T.contiguous(),  # an upstream gradient may be one number, expanded
+            blocks,
+            call.shard.start,
+            call.shard.real_size,
+            width,
+            options.ignore_index,
+            1 - options.label_smoothing,
+            options.label_smoothing if call.prior is not None else options.label_smoothing / call.shard.vocab_size,
+            options.logit_softcap or 1.0,
+            CAPPED=options.logit_softcap is not None,
+            SMOOTHED=with_prior and options.label_smoothing > 0,
+            UNIFORM=call.prior is None,
+            BLOCK=block,
+            **COMPILER,
+        )
     return out_TS
+
+
+def _current(logits_TS: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device, whatever device its arguments lie on."""
+    return torch.cuda.device(logits_TS.get_device())  # -1 on the CPU, where nothing is done
 
 
 def _prior(call: LossCall, logits_TS: Tensor) -> Tensor:

@@ -68,10 +68,12 @@ def test_fused_loss(size, dtype, how):
         assert_equals_plain(case, results, dtype, reduce=torch.sum if how == "sum" else None)
 
 
-def step(head: str):
-    """Inputs on the device, and a forward and backward of them."""
+def step(head: str, ignored: int = 0):
+    """Inputs on the device, of which so many tokens have no label, and a forward and backward of them."""
     generator = torch.Generator().manual_seed(0)
-    target = torch.randint(500, (64,), generator=generator).to(DEVICE)
+    target = torch.randint(500, (64,), generator=generator)
+    target[:ignored] = -100
+    target = target.to(DEVICE)
     hidden = torch.randn(64, 32, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
     weight = torch.randn(500, 32, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
 
@@ -97,9 +99,12 @@ def test_a_step_is_repeatable(head):
 @on_gpu
 @pytest.mark.parametrize(("head", "allowed"), [("sharded", 0), ("fused", 1)])
 def test_host_synchronisations(head, allowed):
-    """The fused head counts its labelled tokens; on several ranks it also waits for their meeting."""
-    run = step(head)
-    run()
+    """The fused head counts its labelled tokens; on several ranks it also waits for their meeting.
+
+    As many in a step with another number of them, which nothing was kept of.
+    """
+    step(head)()
+    run = step(head, ignored=7)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
@@ -112,9 +117,12 @@ def test_host_synchronisations(head, allowed):
 
 @on_gpu
 @pytest.mark.parametrize("head", ["fused", "sharded"])
-def test_a_captured_graph_gives_the_same(head):
-    run = step(head)
-    with torch.cuda.stream(torch.cuda.Stream()):
+@pytest.mark.parametrize("ignored", [0, 7])
+def test_a_captured_graph_gives_the_same(head, ignored):
+    run = step(head, ignored)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             expected = [x.clone() for x in run()]
     torch.cuda.synchronize()
