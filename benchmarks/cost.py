@@ -7,7 +7,7 @@ Legend: N labelled tokens, V vocabulary, R ranks that share it, S = ⌈V/R⌉ ro
 from dataclasses import dataclass
 from math import ceil
 
-from smoothing.linear_head import default_chunk_bytes
+from smoothing.linear_head import chunk_length, default_chunk_bytes
 
 FP32 = 4
 HEADER_BYTES = 72
@@ -36,7 +36,7 @@ class Sizes:
     def chunk_tokens(self) -> int:
         """Tokens whose logits exist at a time: what fits the budget, shared by the buffers in use."""
         budget = default_chunk_bytes(self.shard * self.hidden * FP32, self.device)
-        return min(self.tokens, max(1, budget // (self._tile_bytes * self.shard)))
+        return min(self.tokens, chunk_length(self.tokens, max(1, budget // (self._tile_bytes * self.shard))))
 
     @property
     def chunks(self) -> int:

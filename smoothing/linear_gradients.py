@@ -10,8 +10,8 @@ The smoothing part is one vector for `grad_h` and one rank-one matrix for `grad_
 where ε/V would drown in the rounding of a probability. On the CPU, where GEMMs run in fp32 or fp64, neither do s and
 the labels, so no pass over the tile is needed at all, and e·W does not wait for the other ranks ("factored"). Other
 cases (soft labels, a softcap, a low-precision GEMM) make the gradient's tile explicitly. The factors of a
-low-precision GEMM are kept near 1, where fp16 does not underflow: g is divided by a power of two, and the sums are
-multiplied by it.
+GEMM in fp16 are kept near 1, where it does not underflow: g is divided by a power of two, and the sums are multiplied
+by it.
 """
 
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class HeadGradients:
 
     def __init__(self, head, call: LossCall, wanted: Wanted, token_weight_N: Tensor):
         self.head, self.call, self.wanted = head, call, wanted
-        self.unit = None if head.gemm_dtype == call.statistics_dtype else power_of_two(token_weight_N)
+        self.unit = power_of_two(token_weight_N) if head.gemm_dtype == torch.float16 else None
         self.token_weight_N = token_weight_N = token_weight_N if self.unit is None else token_weight_N / self.unit
         self.reductions = []
         epsilon, dtype = call.options.label_smoothing, call.statistics_dtype
@@ -125,14 +125,16 @@ class HeadGradients:
         head, base_n = self.head, combined.maximum
         scale_n, weight_n = self.call.softmax_scale(combined, base_n), self.token_weight_N[tile.tokens]
         in_place = self.wanted.bias or head.gemm_dtype == tile.z_nK.dtype  # a bias sums what is not rounded yet
-        out_nK = tile.z_nK if in_place else torch.empty_like(tile.z_nK, dtype=head.gemm_dtype)
+        out_nK = tile.z_nK if in_place else products.tile(tile.z_nK.shape, head.gemm_dtype, tile.z_nK.device)
         target = self.call.target[tile.tokens]
         options = {"with_prior": not head.linear}
         grad_nK = head.passes.gradient(tile.z_nK, target, self.call, base_n, scale_n, weight_n, out_nK, **options)
         real_size = grad_nK.shape[1]
         if self.wanted.bias:
             self.bias_S[:real_size] += grad_nK.sum(0)
-        factor_nK = grad_nK.to(head.gemm_dtype)
+        factor_nK = grad_nK
+        if grad_nK.dtype != head.gemm_dtype:
+            factor_nK = products.tile(grad_nK.shape, head.gemm_dtype, grad_nK.device).copy_(grad_nK)
         if self.wanted.hidden:
             grad_nH = products.hidden_gradient(factor_nK, head.weight_KH, self.hidden_NH[tile.tokens])
             self.reductions.append(start_all_reduce(grad_nH, self.call.shard))

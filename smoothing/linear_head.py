@@ -3,6 +3,7 @@
 Legend: N labelled tokens, n those of a chunk, S rows of this rank's weight, K real ones, H hidden, R ranks.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from smoothing.shard_statistics import Combined, ShardStatistics
 
 # A chunk's logits take this part of what the widest shard's weight takes in fp32, beside a gradient of that size; and
 # not less than so many bytes, below which the products lose speed. On a device more: each chunk reads and writes the
-# sum of the weight's gradient, which takes as long as the products of some 300 tokens.
-CHUNK_OF_WEIGHT, DEVICE_CHUNK_OF_WEIGHT = 1 / 8, 1 / 2
+# sum of the weight's gradient, which takes as long as the products of some 300 tokens. (Half of a weight would make
+# 8192 tokens just more than 6 chunks at H=4096, or 3 at H=8192.)
+CHUNK_OF_WEIGHT, DEVICE_CHUNK_OF_WEIGHT = 1 / 8, 17 / 32
 LEAST_CHUNK_BYTES, LEAST_DEVICE_CHUNK_BYTES = 16 << 20, 256 << 20
 
 
@@ -32,6 +34,15 @@ def default_chunk_bytes(weight_bytes: int, device: bool) -> int:
     """What a chunk's logits may take beside a weight of so many bytes in fp32."""
     share = DEVICE_CHUNK_OF_WEIGHT if device else CHUNK_OF_WEIGHT
     return max(LEAST_DEVICE_CHUNK_BYTES if device else LEAST_CHUNK_BYTES, int(weight_bytes * share))
+
+
+def chunk_length(tokens: int, most: int) -> int:
+    """Tokens of a chunk: as few chunks as `most` allows, alike in length, and 8 times something where there is room.
+
+    Else what is left over would be a chunk of few tokens that costs a pass over weight and gradient all the same.
+    """
+    chunks = max(1, math.ceil(tokens / most))
+    return min(most, 8 * math.ceil(tokens / (8 * chunks)))
 
 
 @dataclass
@@ -118,10 +129,11 @@ class LinearHead:
             weight_bytes = widest * self.weight_KH.shape[1] * dtype.itemsize
             budget = default_chunk_bytes(weight_bytes, device.type != "cpu")
         tokens = self.call.tokens
-        step = min(tokens, max(1, budget // (element * max(1, widest))))
+        most = max(1, budget // (element * max(1, widest)))
+        step = chunk_length(tokens, most)
         slices = [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
-        made = range(min(buffers, len(slices)))
-        return slices, [torch.empty(step, len(self.weight_KH), dtype=dtype, device=device) for _ in made]
+        shape = (min(step, tokens), len(self.weight_KH))
+        return slices, [products.tile(shape, dtype, device) for _ in range(min(buffers, len(slices)))]
 
     def logits(self, tokens: slice, buffer: Tensor) -> Tensor:
         """`[n, K]` logits, before any softcap. One GEMM."""

@@ -8,12 +8,20 @@ GEMM runs in fp32: nothing is rounded on the way.
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 21  # of the weight, widened at a time: 8 MiB in fp32
+BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS = 1 << 21, 1 << 26  # of the weight, widened at a time: 8 or 256 MiB in fp32
+ALIGNED = 64  # columns: a device's matrix units and vector loads want rows that begin at a multiple of 16 bytes
 
 
 def gemm_dtype(compute_dtype: torch.dtype, statistics_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the factors that are not the weight: `compute_dtype` only where its GEMM returns fp32."""
     return compute_dtype if device.type == "cuda" else statistics_dtype
+
+
+def tile(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty matrix; on a device its rows are as far apart as products want them, whatever their length."""
+    rows, columns = shape
+    between = columns if device.type == "cpu" else -(-columns // ALIGNED) * ALIGNED
+    return torch.empty(rows, between, dtype=dtype, device=device)[:, :columns]
 
 
 def logits(hidden_nH: Tensor, weight_KH: Tensor, out_nK: Tensor) -> Tensor:
@@ -56,5 +64,6 @@ def _out_dtype(factor: Tensor, out: Tensor) -> dict:
 
 def _blocks(weight_KH: Tensor):
     rows, hidden = weight_KH.shape
-    step = max(1, BLOCK_ELEMENTS // max(1, hidden))
+    elements = BLOCK_ELEMENTS if weight_KH.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+    step = max(1, elements // max(1, hidden))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

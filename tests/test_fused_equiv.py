@@ -24,7 +24,8 @@ from smoothing import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
-from smoothing.linear_head import default_chunk_bytes
+from smoothing.linear_head import chunk_length, default_chunk_bytes
+from smoothing.products import tile
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A product of finite numbers is never -inf in chosen columns only: these cases need the bias.
@@ -620,9 +621,24 @@ def test_more_tokens_and_rows_than_are_taken_at_a_time(monkeypatch, dtype, with_
 
 
 def test_the_budget_of_a_chunk():
-    """Of a weight of 1 GiB in fp32: an eighth; on a device half. And of a small one, what products need."""
-    assert default_chunk_bytes(2**30, device=False) == 2**27 and default_chunk_bytes(2**30, device=True) == 2**29
+    """Of a weight of 1 GiB in fp32: an eighth; on a device half and a little. Of a small one, what products need."""
+    assert default_chunk_bytes(2**30, device=False) == 2**27 and default_chunk_bytes(2**30, device=True) == 17 * 2**25
     assert default_chunk_bytes(1000, device=False) == 2**24 and default_chunk_bytes(1000, device=True) == 2**28
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "length"),
+    [(8192, 1450, 1368), (8192, 2901, 2736), (1024, 96, 96), (1000, 999, 504), (99, 200, 104), (10, 4, 4)],
+)
+def test_chunks_are_alike(tokens, most, length):
+    assert chunk_length(tokens, most) == length
+    assert -(-tokens // length) == -(-tokens // most), "no more chunks than the budget asks for"
+
+
+def test_rows_of_a_tile_begin_where_a_device_wants_them():
+    shape, there = (3, 1001), tile((3, 1001), torch.bfloat16, torch.device("meta"))
+    assert there.shape == shape and there.stride() == (1024, 1)
+    assert tile(shape, torch.float32, torch.device("cpu")).is_contiguous()
 
 
 def test_smoothing_alone_is_exact_under_autocast():
