@@ -19,11 +19,12 @@ def skip_shared_memory_op() -> None:
     """Do without the C++ op that DeepSpeed builds at its first start on a CPU, for all-reduces of inference alone.
 
     Building it takes a compiler and minutes, and a start that is interrupted meanwhile leaves a lock behind on which
-    every later one waits without end.
+    every later one waits without end. Which of its ops could be built is not asked for at all: finding out starts
+    compilers, and warns of a toolkit that nothing here needs.
     """
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def load_weights_only() -> None:

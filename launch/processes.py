@@ -2,29 +2,39 @@
 
 import logging
 import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from launch.device import uses_gpu
 from launch.errors import UserError
+from launch.network import choose_interface
 from launch.text import printable
 
 
 def ensure_environment() -> None:
     """Make `python launch/sft.py` a run of one process, and share this machine's cores among its processes.
 
-    Where all ranks are on this machine, gloo listens on its loopback alone.
+    Raises `UserError` if it was started as one of several by what does not say which one it is.
     """
     if "RANK" not in os.environ:
+        _refuse_unknown_launcher()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     # the launcher says LOCAL_SIZE where torchrun and accelerate say LOCAL_WORLD_SIZE
-    here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-    if here == world_size() and Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    said = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", said or os.environ["WORLD_SIZE"]))
+    choose_interface(one_machine=world_size() == 1 or (said is not None and here == world_size()))
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here))))
-    if not torch.cuda.is_available():
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
+
+
+def _refuse_unknown_launcher() -> None:
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"{name} says {os.environ[name]} processes, but RANK, WORLD_SIZE and LOCAL_RANK are not set: each "
+                "would be a run of its own. Start them with `deepspeed` (once for all nodes: --hostfile) or torchrun"
+            )
 
 
 def start_alone() -> None:
@@ -33,8 +43,7 @@ def start_alone() -> None:
     Libraries would have it listen on all addresses of the machine.
     """
     if world_size() == 1 and not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if uses_gpu() else "gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def world_size() -> int:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -13,7 +14,7 @@ from launch import checkpoints, universal
 from launch.errors import UserError
 from launch.export import MODEL, WEIGHTS
 from launch.files import write_whole
-from launch.processes import from_main, say
+from launch.processes import from_main, on_all_ranks, rank, say
 
 _locks: dict[Path, IO] = {}
 RUNS = Path("runs")
@@ -63,6 +64,7 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
     """
     path, known = from_main(lambda: _claim(wanted, recipe))
     from_main(lambda: _lock(path))
+    on_all_ranks(lambda: _check_shared(path))
     if from_main(lambda: _is_finished(path)):
         return Run(path, finished=True)
     last = checkpoints.last_whole(path) if known else None
@@ -139,6 +141,14 @@ def _lock(path: Path) -> None:
     except OSError:  # this file system knows no locks
         pass
     _locks[path.resolve()] = file
+
+
+def _check_shared(path: Path) -> None:
+    if not (path / LOCK).exists():
+        raise UserError(
+            f"rank {rank()} on {socket.gethostname()} does not see {path.resolve()}, which rank 0 has made: each "
+            "rank writes its part of a checkpoint, so name an --output_dir on storage that all nodes share"
+        )
 
 
 def _next_numbered() -> Path:

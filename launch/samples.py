@@ -1,5 +1,7 @@
 """Held-out prompts, completed by the model as it stands: what a person would rather read than a loss."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -8,11 +10,14 @@ from launch.data.rows import IGNORED
 MAX_NEW_TOKENS = 48
 
 
-def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, device) -> list[dict[str, str]]:
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, device, before_each: Callable[[], None]
+) -> list[dict[str, str]]:
     """Greedy completions of the rows' prompts, with the completion that was wanted. All ranks must call it."""
     model.eval()
     completions = []
     for row in rows:
+        before_each()
         start = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
         prompt = torch.tensor([row["input_ids"][: max(start, 1)]], device=device)
         with torch.no_grad():

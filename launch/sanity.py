@@ -17,6 +17,7 @@ from torch import Tensor
 
 from launch.data.collate import PadToLongest
 from launch.deepspeed_config import deepspeed_config
+from launch.device import uses_gpu
 from launch.errors import UserError
 from launch.memory import Setup, estimate
 from launch.model import load_model
@@ -69,7 +70,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     start = time.monotonic()
     config = deepspeed_config(options, training_values.get("deepspeed"), None)
     stage = config["zero_optimization"]["stage"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if uses_gpu() else "cpu")
     say(hardware(device))
     tokenizer, data = load_data(options)
     dtype = torch.bfloat16 if training_values.get("bf16") else torch.float32
@@ -253,7 +254,7 @@ def memory_rows(model, options: SftOptions, training_values: dict, stage: int) -
             checkpointing=bool(training_values.get("gradient_checkpointing")),
             head=options.head,
             chunk_bytes=options.chunk_bytes,
-            device=torch.cuda.is_available(),
+            device=uses_gpu(),
         )
         parts = estimate(setup)
         figure = ", ".join(f"{name} {size:.2f}" for name, size in parts.items())

@@ -7,6 +7,7 @@ Fine-tunes a causal LM with a label-smoothed cross entropy whose vocabulary is s
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
@@ -32,6 +33,7 @@ from launch.data.blanks import fill_to_multiple
 from launch.data.collate import PadToLongest
 from launch.data.records import DropReport
 from launch.deepspeed_config import deepspeed_config
+from launch.device import uses_gpu
 from launch.ending import run_to_its_end
 from launch.errors import UserError
 from launch.export import MODEL, export
@@ -39,6 +41,7 @@ from launch.files import write_whole
 from launch.layout import layout
 from launch.milestones import Milestones
 from launch.model import load_model
+from launch.network import wait_longer_than
 from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
@@ -49,7 +52,7 @@ from launch.sanity import check_run
 from launch.starting import Starting
 from launch.stopping import StopOnSignal, Stopped
 from launch.trainer import SftTrainer
-from launch.watchdog import Watchdog
+from launch.watchdog import STORAGE_PATIENCE, Watchdog
 from smoothing.hf import SmoothedLossCallback
 
 
@@ -74,7 +77,6 @@ def main(argv: list[str]) -> None:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog)
             trainer.add_callback(starting)
             train(trainer, run)
-        watchdog.beat("completing samples")
         show_samples(trainer, tokenizer, data.heldout, options.samples)
         watchdog.beat("exporting the model", storage=True)
         say(f"model: {export(trainer, tokenizer, args.output_dir)}")
@@ -111,13 +113,13 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
     """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
     config = deepspeed_config(options, values.get("deepspeed"), world_size())
     start_alone()
+    patience = wait_longer_than(STORAGE_PATIENCE * options.stall_timeout)
+    defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs", "ddp_timeout": int(patience.total_seconds())}
     try:
-        # without a GPU transformers starts several processes only when it is told that it is on a CPU
-        values = {"use_cpu": not torch.cuda.is_available(), "output_dir": "runs"} | values | {"deepspeed": config}
-        args = SftTrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as fault:
+        args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
+    except (ValueError, TypeError, ImportError, NotImplementedError) as fault:
         raise UserError(str(fault)) from None
-    check_arguments(args)
+    check_arguments(args, config["zero_optimization"]["stage"])
     say(
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
@@ -125,7 +127,7 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
     return args
 
 
-def check_arguments(args: SftTrainingArguments) -> None:
+def check_arguments(args: SftTrainingArguments, zero: int) -> None:
     """What would otherwise end in a traceback after data and model are loaded."""
     if args.hf_deepspeed_config.mismatches:
         lines = "\n".join(args.hf_deepspeed_config.mismatches)
@@ -134,6 +136,13 @@ def check_arguments(args: SftTrainingArguments) -> None:
         raise UserError("--save_strategy best needs evaluations, and --eval_strategy is no; nothing would be saved")
     if not args.accelerator_config.use_seedable_sampler:
         raise UserError("--accelerator_config use_seedable_sampler false: a run that goes on would take other rows")
+    if args.fp16 and zero == 0:
+        raise UserError(
+            "--fp16 needs --zero 1 or more: without ZeRO DeepSpeed divides gradients by a loss scale that it never "
+            "multiplied the loss with"
+        )
+    if args.use_cpu and uses_gpu():
+        raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
     if args.fp16 and not get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
 
@@ -184,7 +193,8 @@ def make_trainer(
 
 def show_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
     rows = heldout.select(range(min(count, len(heldout))))
-    samples = complete(trainer.model, tokenizer, rows, trainer.args.device)
+    beat = partial(trainer.watchdog.beat, "completing samples")
+    samples = complete(trainer.model, tokenizer, rows, trainer.args.device, before_each=beat)
     if is_main():
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_whole(Path(trainer.args.output_dir) / "samples.jsonl", lines)

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from launch import checkpoints
 from launch.data.order import GroupedByLength
+from launch.device import uses_gpu
 from launch.errors import UserError
+from launch.loaded import follow_this_schedule, place_step_counts
 from launch.milestones import Milestones
 from launch.nonfinite import NonFiniteSteps, check_weights, not_finite, skip_without_zero
 from launch.processes import is_main, on_all_ranks
@@ -98,6 +99,9 @@ class SftTrainer(Trainer):
         self._where: list[str] = []
         self._aside: Path | None = None
         self._by_length: GroupedByLength | None = None
+        # No token of a causal model sees what is padded on its right. With a mask attention takes slower kernels, and
+        # on a device the host waits to look at it. Routers count tokens by it.
+        self._mask_changes_nothing = not hasattr(self.model.config.get_text_config(), "router_aux_loss_coef")
         self.add_callback(Stage0GradNorm(self))
         self.add_callback(watchdog)
 
@@ -121,6 +125,8 @@ class SftTrainer(Trainer):
         self._where = inputs.pop("where", [])  # of the rows; the model has no use for it
         if self.model.training:
             self.train_meter.note(inputs["attention_mask"])
+        if self._mask_changes_nothing:
+            del inputs["attention_mask"]
         return super()._prepare_inputs(inputs)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -141,14 +147,11 @@ class SftTrainer(Trainer):
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The next learning rate is by this run's schedule: the saved one may be of a schedule with another end."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
-        if checkpoint is not None and isinstance(schedule, LambdaLR):
-            pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            schedule._last_lr = [base * at(schedule.last_epoch) for base, at in pairs]
-            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
-                group["lr"] = rate
+        if checkpoint is not None:
+            place_step_counts(self.deepspeed.basic_optimizer)
+            schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+            follow_this_schedule(schedule, self.optimizer)
 
     def _save_checkpoint(self, model, trial) -> None:
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
@@ -241,7 +244,7 @@ class SftTrainer(Trainer):
 
 def peak_memory_gib() -> float:
     """Largest memory this process has held: the device's allocator's high-water mark, or resident memory on a CPU."""
-    if torch.cuda.is_available():
+    if uses_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
 

@@ -1,6 +1,6 @@
 """Notices a rank that is gone or stands still, says which and where the others wait, and ends the process.
 
-A thread of each rank. Collectives of NCCL wait for half an hour without a word, and nothing else looks meanwhile.
+A thread of each rank. Collectives wait without a word, for as long as `launch.network` says, and nothing else looks.
 """
 
 import os
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback
 
+from launch.device import uses_gpu
 from launch.launcher import alive
 from launch.processes import on_all_ranks, rank, world_size
 
@@ -154,7 +155,10 @@ def where(frame) -> str:
     if innermost is None:
         return "has no main thread"
     code = innermost.f_code
-    return f"is in no collective, but in {code.co_name} at {_short(Path(code.co_filename))}:{innermost.f_lineno}"
+    place = f"{code.co_name} at {_short(Path(code.co_filename))}:{innermost.f_lineno}"
+    if uses_gpu():  # where collectives are begun and nobody waits, until something asks for a number
+        return f"begins no collective, but is in {place}; its device may be in one that was begun before"
+    return f"is in no collective, but in {place}"
 
 
 def _short(path: Path) -> str:

@@ -14,6 +14,7 @@ from smoothing.call import LossCall
 
 log = logging.getLogger("smoothing")
 _told: set[str] = set()
+_found: dict[str, bool] = {}  # by the kind of device
 
 
 def passes(device: torch.device, call: LossCall) -> ModuleType:
@@ -31,7 +32,7 @@ def uses_triton(device: torch.device, call: LossCall) -> bool:
     Not for distributions as labels, and not in fp64: the kernels compute in fp32. The log `smoothing` is told, once.
     """
     served = not call.soft and call.statistics_dtype == torch.float32
-    triton = served and (device.type == "cuda" or interpreted()) and _importable()
+    triton = served and (device.type == "cuda" or interpreted()) and _works_on(device)
     how = "torch operations" if not triton else "Triton kernels" + (", interpreted" if interpreted() else "")
     _tell(f"passes over logits on {device.type}: {how}")
     return triton
@@ -42,13 +43,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _importable() -> bool:
-    try:
-        from smoothing import passes_triton  # noqa: F401
-    except ImportError as fault:
-        _tell(f"the Triton kernels cannot be imported: {fault}")
-        return False
-    return True
+def _works_on(device: torch.device) -> bool:
+    """Whether Triton is there, and can build what launches its kernels, for which it needs a C compiler."""
+    if device.type not in _found:
+        try:
+            from smoothing import passes_triton
+
+            if not interpreted():
+                _ = passes_triton.triton.runtime.driver.active.utils
+            _found[device.type] = True
+        except Exception as fault:
+            _tell(f"Triton kernels cannot be used (they need Triton, a C compiler and Python's headers): {fault}")
+            _found[device.type] = False
+    return _found[device.type]
 
 
 def _tell(what: str) -> None:

@@ -6,6 +6,7 @@ One and two gloo ranks. What the interpreter cannot show, a GPU must: `make benc
 import contextlib
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ranks import Allocations, Ranks
 from test_fused_equiv import NAMES, assert_equals_plain, fused
 from test_sharded_equiv import assert_equals_dense, my_shard, sharded, upstream_for
 
-from smoothing import vocab_parallel_cross_entropy
+from smoothing import passes, passes_torch, vocab_parallel_cross_entropy
 
 # not imported here: Triton reads TRITON_INTERPRET when it is imported, and the ranks import this file
 if importlib.util.find_spec("triton") is None:
@@ -118,3 +119,16 @@ def test_several_blocks_any_stride_and_no_copy(dtype, inplace):
         start, stop = case.bounds[rank]
         logits_bytes = 4 * 5 * (stop - start)  # in fp32, as the gradient is for the interpreter's sake
         assert largest <= logits_bytes / 5 if inplace and dtype == torch.float32 else largest == logits_bytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where Triton works")
+def test_where_triton_cannot_launch_torch_operations_run(monkeypatch, caplog):
+    """As on a GPU without a C compiler: the kernels can be imported, and what launches them cannot be made."""
+    monkeypatch.setattr(passes, "_found", {})
+    monkeypatch.setattr(passes, "_told", set())
+    with caplog.at_level("INFO", "smoothing"):
+        call = SimpleNamespace(soft=False, statistics_dtype=torch.float32)
+        assert passes.passes(torch.device("cuda"), call) is passes_torch
+    assert (
+        "need Triton, a C compiler" in caplog.text and "passes over logits on cuda: torch operations" in caplog.text
+    )

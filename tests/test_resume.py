@@ -229,6 +229,11 @@ def test_a_sampler_that_would_take_other_rows_is_refused(runs):
     assert "a run that goes on would take other rows" in said and "Traceback" not in said
 
 
+def test_a_loss_scale_that_nothing_is_multiplied_with_is_refused(runs):
+    said = launch_many(runs, 1, [command(runs, ALONE, "unscaled", zero=0, fp16="true")], code=2)
+    assert "--fp16 needs --zero 1 or more" in said and "Traceback" not in said
+
+
 def test_a_run_that_goes_further_than_was_planned(runs):
     """The schedule is that of the new end from the first step on: the last rate of the old one was nothing."""
     layout = (2, 1, 1, 2)

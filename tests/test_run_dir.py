@@ -1,17 +1,20 @@
 """Which directory a run gets, and what it refuses to go on with."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from launch import checkpoints
 from launch.errors import UserError
 from launch.run_dir import open_run
+from tests.ranks import Ranks
 from tests.small_run import ROOT
 
 RECIPE = {"learning_rate": 0.01, "data": "train.jsonl", "logging_steps": 1, "max_steps": 8}
@@ -239,3 +242,24 @@ def test_an_evaluation_that_was_left_out_is_owed(run):
     (run / "checkpoint-4" / "manifest.json").unlink()
     checkpoints.seal(run / "checkpoint-4", FACTS | {"evaluation_owed": True})
     assert open_run(str(run), RECIPE, None, FACTS).evaluation_owed
+
+
+def open_in(folders: list[str]):
+    os.environ["RANK"] = str(dist.get_rank())  # a launcher's
+    os.chdir(folders[dist.get_rank()])
+    return open_run("run", RECIPE, None, FACTS).path
+
+
+def test_a_rank_that_does_not_see_the_directory(tmp_path):
+    """Two nodes whose storage is their own."""
+    folders = [str(tmp_path / "one"), str(tmp_path / "other")]
+    for folder in folders:
+        os.mkdir(folder)
+    ranks = Ranks(2)
+    try:
+        assert [outcome.error for outcome in ranks.attempt(open_in, folders[:1] * 2, time_limit=120)] == [None] * 2
+        outcomes = ranks.attempt(open_in, folders, time_limit=120)
+    finally:
+        ranks.close()
+    assert [outcome.error for outcome in outcomes] == ["UserError"] * 2
+    assert all("rank 1 on " in outcome.message and "all nodes share" in outcome.message for outcome in outcomes)

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from launch.loaded import place_step_counts
 from tests.small_run import flags, launch_many, metrics, write_data, write_model
 
 COMMON = {
@@ -82,3 +84,13 @@ def test_losses_go_on(runs, written, read):
     assert not list((runs / output(written, read)).glob("*.partial"))
     manifest = json.loads((runs / output(written, read) / "checkpoint-8/manifest.json").read_text())
     assert manifest["facts"]["tp"] == read[1]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_fused_optimizer_finds_its_step_counts_beside_its_parameters(fused):
+    """As DeepSpeed loads them: on the CPU, wherever the parameter is."""
+    optimizer = torch.optim.AdamW([parameter := torch.nn.Parameter(torch.empty(3, device="meta"))])
+    optimizer.param_groups[0]["fused"] = fused
+    optimizer.state[parameter]["step"] = torch.tensor(5.0)
+    place_step_counts(optimizer)
+    assert optimizer.state[parameter]["step"].device.type == ("meta" if fused else "cpu")

@@ -1,0 +1,59 @@
+"""What the ranks of a run talk over: gloo's interface, and how long a collective waits for a rank."""
+
+import os
+import socket
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch.distributed.distributed_c10d as c10d
+
+INTERFACES = Path("/sys/class/net")
+PATIENCE = timedelta(hours=2)
+DISCARD = 9  # a port; nothing is sent to it
+
+
+def choose_interface(one_machine: bool) -> None:
+    """Where all ranks are on this machine gloo listens on its loopback alone, else where the other nodes are.
+
+    By itself gloo takes the address that the host's name stands for, which on many machines is one of the loopback's
+    that no other node can reach. `GLOO_SOCKET_IFNAME` overrules this, and NCCL's own choice is heeded.
+    """
+    names = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if one_machine:
+        chosen = "lo" if (INTERFACES / "lo").exists() else None
+    elif names and all((INTERFACES / name).exists() for name in names.split(",")):
+        chosen = names
+    else:
+        chosen = interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if chosen is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", chosen)
+
+
+def interface_towards(host: str) -> str | None:
+    """The interface that this machine reaches `host` by; None if that cannot be told."""
+    if not host:
+        return None
+    with suppress(OSError):
+        family, *_, address = socket.getaddrinfo(host, DISCARD, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(entry.address.partition("%")[0] == own for entry in addresses):
+                return name
+    return None
+
+
+def wait_longer_than(limit: float) -> timedelta:
+    """Let collectives wait longer than the watchdog, which is to speak first; 0 is for ever. How long that is.
+
+    DeepSpeed makes groups without saying how long they wait, and NCCL's default of ten minutes would end the process
+    with none of the watchdog's words.
+    """
+    patience = timedelta(weeks=52) if limit == 0 else max(PATIENCE, timedelta(seconds=2 * limit))
+    c10d.default_pg_timeout = patience
+    if c10d.default_pg_nccl_timeout is not None:
+        c10d.default_pg_nccl_timeout = patience
+    return patience

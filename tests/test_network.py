@@ -1,0 +1,59 @@
+"""Where gloo listens, how long collectives wait, and a process that nobody told which rank it is."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch.distributed.distributed_c10d as c10d
+
+from launch.errors import UserError
+from launch.network import choose_interface, interface_towards, wait_longer_than
+from launch.processes import ensure_environment
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch):
+    """What is set here is taken back."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(c10d, "default_pg_timeout", c10d.default_pg_timeout)
+    monkeypatch.setattr(c10d, "default_pg_nccl_timeout", c10d.default_pg_nccl_timeout)
+
+
+def test_an_interface_is_found_by_where_it_leads():
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("") is None and interface_towards("nobody.invalid") is None
+
+
+@pytest.mark.parametrize(
+    ("one_machine", "given", "chosen"),
+    [
+        (True, {}, "lo"),
+        (True, {"GLOO_SOCKET_IFNAME": "eth7"}, "eth7"),
+        (False, {"MASTER_ADDR": "127.0.0.1"}, "lo"),
+        (False, {"MASTER_ADDR": "nobody.invalid"}, None),
+        (False, {"MASTER_ADDR": "nobody.invalid", "NCCL_SOCKET_IFNAME": "lo"}, "lo"),
+        (False, {"MASTER_ADDR": "nobody.invalid", "NCCL_SOCKET_IFNAME": "^docker"}, None),
+    ],
+)
+def test_where_gloo_listens(monkeypatch, one_machine, given, chosen):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    choose_interface(one_machine)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+
+
+def test_groups_wait_longer_than_the_watchdog(monkeypatch):
+    monkeypatch.setattr(c10d, "default_pg_nccl_timeout", timedelta(minutes=10))  # a CPU's torch has none
+    for limit, least in ((1.0, timedelta(minutes=30)), (36_000.0, timedelta(hours=11)), (0.0, timedelta(weeks=9))):
+        assert wait_longer_than(limit) > least
+        for backend in ("nccl", "gloo"):
+            assert c10d._get_default_timeout(backend) > least
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_one_of_several_that_does_not_know_which(monkeypatch, name):
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(UserError, match=f"{name} says 8 processes"):
+        ensure_environment()
