@@ -14,6 +14,7 @@ from smoothing import smoothed_cross_entropy, vocab_parallel_linear_cross_entrop
 from smoothing.products import add_weight_gradient, hidden_gradient, logits
 
 SMOOTHING = 0.1
+SPREAD = 3.0  # of the logits: some 170 of 128,256 then hold half of the probability
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class Given:
     hidden: Tensor | None
     weight: Tensor
     target: Tensor
+    chunk_bytes: int | None = None  # for the head here; None: its own choice
 
     @classmethod
     def make(cls, sizes: Sizes, device: str, seed: int = 0) -> "Given":
+        """Logits of which a few hold most of the probability, as a trained model's do."""
         generator = torch.Generator(device).manual_seed(seed)
         options = {"generator": generator, "device": device, "dtype": torch.bfloat16}
         target = torch.randint(sizes.vocab, (sizes.tokens,), generator=generator, device=device)
         if not sizes.hidden:
-            return cls(None, torch.randn(sizes.tokens, sizes.vocab, **options).mul_(2).requires_grad_(), target)
-        hidden = torch.randn(sizes.tokens, sizes.hidden, **options).requires_grad_()
+            return cls(None, torch.randn(sizes.tokens, sizes.vocab, **options).mul_(SPREAD).requires_grad_(), target)
+        hidden = torch.randn(sizes.tokens, sizes.hidden, **options).mul_(SPREAD).requires_grad_()
         weight = torch.randn(sizes.vocab, sizes.hidden, **options).mul_(sizes.hidden**-0.5).requires_grad_()
         return cls(hidden, weight, target)
 
@@ -83,7 +86,8 @@ def quack_loss() -> Loss:
 
 
 def here_fused(given: Given) -> Tensor:
-    return vocab_parallel_linear_cross_entropy(given.hidden, given.weight, given.target, label_smoothing=SMOOTHING)
+    options = {"label_smoothing": SMOOTHING, "chunk_bytes": given.chunk_bytes}
+    return vocab_parallel_linear_cross_entropy(given.hidden, given.weight, given.target, **options)
 
 
 def torch_head(given: Given) -> Tensor:
@@ -93,14 +97,25 @@ def torch_head(given: Given) -> Tensor:
 def liger_head() -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(label_smoothing=SMOOTHING)
+    loss = LigerFusedLinearCrossEntropyLoss(label_smoothing=SMOOTHING, accum_dtype=torch.float32)
     return lambda given: loss(given.weight, given.hidden, given.target)
 
 
-def cut_head() -> Loss:
+def cut_head(**how) -> Loss:
     from cut_cross_entropy import linear_cross_entropy  # cannot smooth
 
-    return lambda given: linear_cross_entropy(given.hidden, given.weight, given.target)
+    return lambda given: linear_cross_entropy(given.hidden, given.weight, given.target, **how)
+
+
+def torch_chunked_head() -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()  # since torch 2.13; with smoothing it makes all logits
+    return lambda given: F.linear_cross_entropy(given.hidden, given.weight, given.target, options=options)
+
+
+def compiled(loss: Loss) -> Loss:
+    """For one shape at a time, as if it were the only one."""
+    torch._dynamo.reset()
+    return torch.compile(loss, dynamic=False)
 
 
 def deepspeed_head() -> Loss:
@@ -141,14 +156,18 @@ LOSSES = [
     Contender("Liger cross entropy", liger_loss, needs="liger_kernel"),
     Contender("quack cross entropy", quack_loss, smooths=False, needs="quack"),
     Contender("F.cross_entropy", lambda: torch_loss),
-    Contender("F.cross_entropy, compiled", lambda: torch.compile(torch_loss)),
+    Contender("F.cross_entropy, compiled", lambda: compiled(torch_loss)),
 ]
 HEADS = [
     Contender("fused, here", lambda: here_fused),
     Contender("Liger fused linear cross entropy", liger_head, needs="liger_kernel"),
     Contender("Cut Cross-Entropy", cut_head, smooths=False, needs="cut_cross_entropy"),
+    Contender(
+        "Cut Cross-Entropy, whole", lambda: cut_head(filter_eps=None), smooths=False, needs="cut_cross_entropy"
+    ),
+    Contender("F.linear_cross_entropy", torch_chunked_head, smooths=False),
     Contender("DeepSpeed vocab_parallel_linear_cross_entropy", deepspeed_head, smooths=False, needs="deepspeed"),
     Contender("F.linear + F.cross_entropy", lambda: torch_head),
-    Contender("F.linear + F.cross_entropy, compiled", lambda: torch.compile(torch_head)),
+    Contender("F.linear + F.cross_entropy, compiled", lambda: compiled(torch_head)),
     Contender("the three products alone", lambda: products_alone, checked=False),
 ]

@@ -10,6 +10,7 @@ as in GSM8K) or sums made up here. Writes `benchmarks/results/gpu-training.json`
 
 import argparse
 import json
+import os
 import random
 import shlex
 import shutil
@@ -101,7 +102,7 @@ class Bench:
         """A real start. Raises `OutOfMemory` if it was too large."""
         output = self.folder / "run"
         shutil.rmtree(output, ignore_errors=True)
-        launcher = (str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=1")
+        launcher = (str(Path(sys.executable).with_name("deepspeed")), *one_device())
         values = {"head": head, "per_device_train_batch_size": rows, "max_steps": steps, "output_dir": output}
         values |= {"logging_steps": 2, "save_strategy": "no"}
         done = subprocess.run(self.command(*launcher, **values), capture_output=True, text=True)
@@ -131,6 +132,12 @@ class Bench:
             fits = False
         print(f"{head}: {rows} rows {'fit' if fits else 'do not fit'}", flush=True)
         return fits
+
+
+def one_device() -> list[str]:
+    """Flags of the launcher, which with --num_gpus would not heed CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return ["--include", f"localhost:{visible}"] if visible.isdigit() else ["--num_gpus=1"]
 
 
 def _speed(lines: list[dict]) -> Speed:

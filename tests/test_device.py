@@ -17,6 +17,7 @@ from smoothing import smoothed_cross_entropy, vocab_parallel_cross_entropy, voca
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPILING = 300.0  # seconds: each case may need kernels of its own
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 
 
@@ -54,7 +55,9 @@ def every(function, calls: list[tuple]) -> list[dict]:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_sharded_loss(size, dtype):
     cases = [CASES[name](size) for name in CASES]
-    for case, *results in zip(cases, *pool(size).run(every, sharded_there, [(c, dtype) for c in cases]), strict=True):
+    for case, *results in zip(
+        cases, *pool(size).run(every, sharded_there, [(c, dtype) for c in cases], time_limit=COMPILING), strict=True
+    ):
         assert_equals_dense(case, results, dtype)
 
 
@@ -64,7 +67,7 @@ def test_sharded_loss(size, dtype):
 def test_fused_loss(size, dtype, how):
     cases = [CASES[name](size) for name in NAMES]
     calls = [(case, dtype, how) for case in cases]
-    for case, *results in zip(cases, *pool(size).run(every, fused_there, calls), strict=True):
+    for case, *results in zip(cases, *pool(size).run(every, fused_there, calls, time_limit=COMPILING), strict=True):
         assert_equals_plain(case, results, dtype, reduce=torch.sum if how == "sum" else None)
 
 
