@@ -116,6 +116,12 @@ def gathered_label_smoother(p: Problem) -> Tensor:
     return LabelSmoother(epsilon=p.smoothing)({"logits": logits[None]}, p.target[None])
 
 
+def torch_fused(p: Problem) -> Tensor:
+    if p.shard.world_size > 1:
+        raise NotImplementedError("F.linear_cross_entropy takes no shard of a vocabulary")
+    return F.linear_cross_entropy(p.hidden, p.weight, p.target, options=torch.nn.LinearCrossEntropyOptions())
+
+
 def loss_parallel(p: Problem) -> Tensor:
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
@@ -173,5 +179,6 @@ CONTENDERS = {
     "gathered": Contender("gathered logits + F.cross_entropy", gathered, True),
     "label-smoother": Contender("gathered logits + HF LabelSmoother", gathered_label_smoother, True),
     "loss-parallel": Contender("F.linear + torch loss_parallel", loss_parallel, False, loss_parallel_context),
+    "torch-fused": Contender("F.linear_cross_entropy, one rank", torch_fused, False),
     "products": Contender("the three products alone (floor)", products_alone, True, backward=False),
 }

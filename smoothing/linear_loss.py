@@ -15,6 +15,7 @@ from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, re
 from smoothing.linear_gradients import HeadGradients, Wanted
 from smoothing.linear_head import LinearHead
 from smoothing.options import LossOptions
+from smoothing.passes import passes
 from smoothing.shard import VocabShard
 from smoothing.shard_statistics import Combined, token_loss
 
@@ -214,6 +215,7 @@ class _ScalarLoss(torch.autograd.Function):
             ctx.gradients.append(total)
             outcome.sums[index] = None
         ctx.dtypes = [None if given is None else given.dtype for given in inputs]
+        ctx.scale = passes(hidden_TH.device, job.call).scale
         ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
         return outcome.loss, *outcome.stats
 
@@ -227,8 +229,9 @@ class _ScalarLoss(torch.autograd.Function):
                 "'sum' its gradients are made with the loss and handed over once. Call it again, or use "
                 "reduction='none'."
             )
-        if upstream.device.type != "cpu" or upstream != 1:
-            gradients = [None if grad is None else grad.mul_(upstream) for grad in gradients]
+        for gradient in gradients:
+            if gradient is not None:
+                ctx.scale(gradient, upstream)
         return *(None if grad is None else grad.to(dt) for grad, dt in zip(gradients, ctx.dtypes, strict=True)), None
 
 

@@ -85,6 +85,12 @@ def gradient(
     return out_TS
 
 
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient *= factor`, one number; on the CPU nothing is done where that is 1."""
+    if gradient.device.type != "cpu" or factor != 1:
+        gradient.mul_(factor)
+
+
 def finite_or_zero(maximum_n: Tensor) -> Tensor:
     """What logits are taken relative to: where all are -inf there is no maximum, and nothing that needs one."""
     return torch.where(maximum_n == -torch.inf, 0.0, maximum_n)

@@ -19,6 +19,7 @@ from smoothing.passes import interpreted
 from smoothing.shard_statistics import ShardStatistics
 
 BLOCK = 4096  # columns of a row looked at together
+SCALED = 16384  # elements of a gradient that a program scales
 INTERPRETED = tl.constexpr(interpreted())
 COMPILER = {"enable_fp_fusion": True}  # a product and a sum in one instruction; Triton 3.10 will not by itself
 
@@ -98,6 +99,13 @@ def gradient(
             **COMPILER,
         )
     return out_TS
+
+
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient *= factor`, one number, in contiguous memory; where that is 1 nothing is read, and nobody waits."""
+    if count := gradient.numel():
+        with _current(gradient):
+            _scale_kernel[(triton.cdiv(count, SCALED),)](gradient, factor, count, BLOCK=SCALED)
 
 
 def _current(logits_TS: Tensor) -> torch.cuda.device:
@@ -340,3 +348,13 @@ def _gradient_kernel(
                 row_logits, column_stride, row_out, out_column_stride, priors, first, real_size, width, at, base,
                 scale, weight, label_share, prior_share, cap, CAPPED, SMOOTHED, UNIFORM, True, BLOCK,
             )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(gradient, factor, count, BLOCK: tl.constexpr):
+    """One program a block of elements."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(gradient + at, mask=at < count)
+        tl.store(gradient + at, (x.to(tl.float32) * by).to(gradient.dtype.element_ty), mask=at < count)

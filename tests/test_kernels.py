@@ -121,6 +121,27 @@ def test_several_blocks_any_stride_and_no_copy(dtype, inplace):
         assert largest <= logits_bytes / 5 if inplace and dtype == torch.float32 else largest == logits_bytes
 
 
+def scaled(count: int, factor: float, dtype):
+    """A gradient of so many elements scaled by the kernel, with two elements of somebody else's behind it."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from smoothing import passes_triton
+
+    memory = torch.linspace(-1, 1, count + 2).to(dtype)
+    passes_triton.scale(memory[:count], torch.tensor(factor))
+    return memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, -0.3, float("nan")])
+def test_a_gradient_is_scaled(factor, dtype):
+    with Ranks(1) as ranks:
+        for count in (0, 1, 16384, 40_003):
+            (memory,) = ranks.run(scaled, count, factor, dtype)
+            given = torch.linspace(-1, 1, count + 2).to(dtype)
+            assert torch.equal(memory[count:], given[count:])
+            torch.testing.assert_close(memory[:count], given[:count] * factor, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where Triton works")
 def test_where_triton_cannot_launch_torch_operations_run(monkeypatch, caplog):
     """As on a GPU without a C compiler: the kernels can be imported, and what launches them cannot be made."""

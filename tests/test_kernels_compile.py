@@ -25,7 +25,7 @@ from smoothing import passes_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 THREADS = 128  # four warps, Triton's default
-POINTERS = {"targets": "*i64"} | dict.fromkeys(("priors", "stats", "bases", "scales", "weights"), "*fp32")
+POINTERS = {"targets": "*i64"} | dict.fromkeys(("priors", "stats", "bases", "scales", "weights", "factor"), "*fp32")
 FLOATS = {"uniform", "cap", "label_share", "prior_share"}
 # An H100 has 132 units that issue 128 instructions in each of 1.7e9 cycles a second. At 3e12 bytes a second that
 # makes 19 for an element of bf16 that is read, and 38 for one that is read and written.
@@ -74,6 +74,7 @@ def compiled(kernel, variant: Variant):
         "out_column_stride": 1,
     }
     types = POINTERS | dict.fromkeys(FLOATS, "fp32") | {"logits": f"*{variant.logits}", "out": f"*{variant.out}"}
+    types["gradient"] = types["out"]
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {name: value for name, value in constants.items() if name in names}
     types = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -117,3 +118,10 @@ def test_machine_code(variant, name, tmp_path):
         assert ("st.global.v4.b32" in moved) == variant.aligned, moved
     if not variant.capped:  # a tanh is more than a pass can hide
         assert longest_loop(code) <= ALLOWED[name] * passes_triton.BLOCK // THREADS
+
+
+def test_what_scales_a_gradient(tmp_path):
+    binary = compiled(passes_triton._scale_kernel, Variant())
+    assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(re.findall(r"(?:ld|st)\.global[\w.]*", binary.asm["ptx"]))
+    code = instructions(binary.asm["cubin"], tmp_path)
+    assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
