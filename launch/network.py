@@ -46,14 +46,15 @@ def interface_towards(host: str) -> str | None:
     return None
 
 
-def wait_longer_than(limit: float) -> timedelta:
-    """Let collectives wait longer than the watchdog, which is to speak first; 0 is for ever. How long that is.
+def wait_longer_than(limit: float) -> None:
+    """Let collectives wait longer than so many seconds, after which the watchdog is to speak first; 0 is for ever.
 
-    DeepSpeed makes groups without saying how long they wait, and NCCL's default of ten minutes would end the process
-    with none of the watchdog's words.
+    Those of the groups that there will be, and of the one that there is: DeepSpeed makes groups without saying how
+    long they wait, and NCCL's default of ten minutes would end the process with none of the watchdog's words.
     """
     patience = timedelta(weeks=52) if limit == 0 else max(PATIENCE, timedelta(seconds=2 * limit))
     c10d.default_pg_timeout = patience
     if c10d.default_pg_nccl_timeout is not None:
         c10d.default_pg_nccl_timeout = patience
-    return patience
+    if c10d.is_initialized():
+        c10d._set_pg_timeout(patience)

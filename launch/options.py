@@ -148,7 +148,7 @@ def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | 
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     changed = {name: value for name, value in training.to_dict().items() if defaults.get(name, MISSING) != value}
     # of this machine or this run alone, secret, or an argument that is no value
-    derived = {"recipe", "sanity", "output_dir", "hub_token", "use_cpu", "dataloader_pin_memory", "ddp_timeout"}
+    derived = {"recipe", "sanity", "output_dir", "hub_token", "use_cpu", "dataloader_pin_memory"}
     values = asdict(options) | changed | {"deepspeed": deepspeed}
     return {name: v for name, v in values.items() if name not in derived and v is not None and v != []}
 

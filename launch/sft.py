@@ -113,12 +113,12 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
     """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
     config = deepspeed_config(options, values.get("deepspeed"), world_size())
     start_alone()
-    patience = wait_longer_than(STORAGE_PATIENCE * options.stall_timeout)
-    defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs", "ddp_timeout": int(patience.total_seconds())}
+    defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs"}
     try:
         args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
     except (ValueError, TypeError, ImportError, NotImplementedError) as fault:
         raise UserError(str(fault)) from None
+    wait_longer_than(STORAGE_PATIENCE * options.stall_timeout)
     check_arguments(args, config["zero_optimization"]["stage"])
     say(
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "

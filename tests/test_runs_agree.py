@@ -51,12 +51,19 @@ SETUPS = [
     (4, 2, 1, 1, ""),
     (4, 2, 2, 3, ""),
 ]
+BF16 = [
+    (1, 1, 1, 1, "--bf16 true"),
+    (2, 1, 2, 2, "--bf16 true"),
+    (2, 2, 1, 1, "--bf16 true"),
+    (2, 2, 2, 3, "--bf16 true"),
+    (2, 2, 1, 2, "--bf16 true --head dense"),
+]
 
 
 def name(setup, tied: bool) -> str:
     ranks, tp, accumulation, zero, extra = setup
-    label = f"ranks{ranks}-tp{tp}-accumulate{accumulation}-zero{zero}{extra.replace('--head ', '-')}"
-    return label + ("-tied" if tied else "")
+    more = "".join(f"-{word.strip('-')}" for word in extra.split() if not word.startswith("--head"))
+    return f"ranks{ranks}-tp{tp}-accumulate{accumulation}-zero{zero}{more}" + ("-tied" if tied else "")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def runs(tmp_path_factory) -> Path:
     for tied in (False, True):
         write_model(folder, tied)
     for ranks, tp in ((1, 1), (2, 1), (2, 2), (4, 2)):
-        todo = [(s, tied) for s in SETUPS if s[:2] == (ranks, tp) for tied in (False, True)]
+        todo = [(s, tied) for s in SETUPS + BF16 if s[:2] == (ranks, tp) for tied in (False, True)]
         launch_many(folder, ranks, [_arguments(folder, *what) for what in todo])
     return folder
 
