@@ -48,6 +48,7 @@ def keep_quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else pages of C++ frames once another rank is gone
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every accumulation, which DeepSpeed does
     # said by torch about DeepSpeed's calls, and by accelerate about the threads that ensure_environment sets
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
