@@ -48,12 +48,16 @@ def estimate(setup: Setup) -> dict[str, float]:
         weights, optimizer = 0.0, 0.0
     kept = KEPT_PER_CHECKPOINTED_LAYER if setup.checkpointing else KEPT_PER_LAYER
     activations = setup.tokens * setup.hidden * setup.layers * kept * bytes_
+    head = _head(setup, bytes_)
+    # ZeRO 1 and 2 update from an fp32 copy of the gradients, made of a flat one, when activations and head are gone
+    step = own / shards * 6 if setup.low_precision and setup.zero in (1, 2) else 0.0
     parts = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
-        "head": _head(setup, bytes_),
+        "head": head,
+        "more in an update": max(0.0, step - activations - head),
     }
     return {name: size / GIB for name, size in parts.items()} | {"total": sum(parts.values()) / GIB}
 
