@@ -105,7 +105,7 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     """`gradient *= factor`, one number, in contiguous memory; where that is 1 nothing is read, and nobody waits."""
     if count := gradient.numel():
         with _current(gradient):
-            _scale_kernel[(triton.cdiv(count, SCALED),)](gradient, factor, count, BLOCK=SCALED)
+            _scale_kernel[(triton.cdiv(count, SCALED),)](gradient, factor, count, BLOCK=SCALED, **COMPILER)
 
 
 def _current(logits_TS: Tensor) -> torch.cuda.device:
