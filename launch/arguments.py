@@ -65,3 +65,11 @@ def check_values(values: dict) -> None:
         raise UserError(f"--max_steps must be at least 1, got {steps}; leave it out for --num_train_epochs")
     if steps < 0 and not 0 < epochs < math.inf:
         raise UserError(f"--num_train_epochs must be a finite number above 0, got {epochs}")
+
+
+def check_loss_scale(fp16: bool, zero: int) -> None:
+    if fp16 and zero == 0:
+        raise UserError(
+            "--fp16 needs --zero 1 or more: without ZeRO DeepSpeed divides gradients by a loss scale that it never "
+            "multiplied the loss with"
+        )

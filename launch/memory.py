@@ -49,8 +49,8 @@ def estimate(setup: Setup) -> dict[str, float]:
     kept = KEPT_PER_CHECKPOINTED_LAYER if setup.checkpointing else KEPT_PER_LAYER
     activations = setup.tokens * setup.hidden * setup.layers * kept * bytes_
     head = _head(setup, bytes_)
-    # ZeRO 1 and 2 update from an fp32 copy of the gradients, made of a flat one, when activations and head are gone
-    step = own / shards * 6 if setup.low_precision and setup.zero in (1, 2) else 0.0
+    # ZeRO 1 and 2 update from a flat copy of the gradients, in fp32, when activations and head are gone
+    step = own / shards * (6 if setup.low_precision else 4) if setup.zero in (1, 2) else 0.0
     parts = {
         "weights": weights,
         "gradients": gradients,

@@ -132,6 +132,11 @@ def _check_causal(config) -> None:
         raise UserError(
             f"{config.model_type} is an encoder, which looks ahead; its configuration needs is_decoder true"
         )
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
+        raise UserError(
+            f"{config.model_type} looks ahead with use_bidirectional_attention, at the tokens that it is to predict; "
+            "its configuration needs it false"
+        )
 
 
 def _check_length(config, max_length: int) -> None:

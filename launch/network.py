@@ -1,5 +1,6 @@
 """What the ranks of a run talk over: gloo's interface, and how long a collective waits for a rank."""
 
+import ipaddress
 import os
 import socket
 from contextlib import suppress
@@ -12,6 +13,7 @@ import torch.distributed.distributed_c10d as c10d
 INTERFACES = Path("/sys/class/net")
 PATIENCE = timedelta(hours=2)
 DISCARD = 9  # a port; nothing is sent to it
+ELSEWHERE = "192.0.2.1"  # nobody's (RFC 5737), so that the way there is the way out
 
 
 def choose_interface(one_machine: bool) -> None:
@@ -32,11 +34,17 @@ def choose_interface(one_machine: bool) -> None:
 
 
 def interface_towards(host: str) -> str | None:
-    """The interface that this machine reaches `host` by; None if that cannot be told."""
+    """The interface that this machine reaches `host` by; None if that cannot be told.
+
+    Many machines have their own name for an address of their loopback. Others do not reach it there, but by the way
+    out.
+    """
     if not host:
         return None
     with suppress(OSError):
         family, *_, address = socket.getaddrinfo(host, DISCARD, type=socket.SOCK_DGRAM)[0]
+        if address[0] != host and ipaddress.ip_address(address[0]).is_loopback:
+            family, address = socket.AF_INET, (ELSEWHERE, DISCARD)
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)
             own = probe.getsockname()[0]

@@ -21,6 +21,7 @@ REFUSED = {
         "loss in silence)"
     ),
     "save_only_model": "no run could go on from such checkpoints; the model is exported at the end",
+    "ddp_timeout": "--stall_timeout says how long a rank is waited for",
 }
 
 

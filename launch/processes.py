@@ -33,7 +33,8 @@ def _refuse_unknown_launcher() -> None:
         if os.environ.get(name, "1") not in ("", "0", "1"):
             raise UserError(
                 f"{name} says {os.environ[name]} processes, but RANK, WORLD_SIZE and LOCAL_RANK are not set: each "
-                "would be a run of its own. Start them with `deepspeed` (once for all nodes: --hostfile) or torchrun"
+                "would be a run of its own. Start them with torchrun, or once for all nodes with `deepspeed "
+                "--hostfile` and its own launcher (pdsh); srun and mpirun set none of these"
             )
 
 

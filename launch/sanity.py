@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from launch.arguments import check_loss_scale
 from launch.data.collate import PadToLongest
 from launch.deepspeed_config import deepspeed_config
 from launch.device import uses_gpu
@@ -70,6 +71,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     start = time.monotonic()
     config = deepspeed_config(options, training_values.get("deepspeed"), None)
     stage = config["zero_optimization"]["stage"]
+    check_loss_scale(training_values.get("fp16", False), stage)
     device = torch.device("cuda" if uses_gpu() else "cpu")
     say(hardware(device))
     tokenizer, data = load_data(options)

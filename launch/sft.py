@@ -27,6 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from launch.arguments import check_loss_scale
 from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.checkpoints import reading
 from launch.data.blanks import fill_to_multiple
@@ -112,6 +113,7 @@ def check_progress(trainer: SftTrainer, run: Run) -> None:
 def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
     """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
     config = deepspeed_config(options, values.get("deepspeed"), world_size())
+    check_loss_scale(values.get("fp16", False), config["zero_optimization"]["stage"])
     start_alone()
     defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs"}
     try:
@@ -119,7 +121,7 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
     except (ValueError, TypeError, ImportError, NotImplementedError) as fault:
         raise UserError(str(fault)) from None
     wait_longer_than(STORAGE_PATIENCE * options.stall_timeout)
-    check_arguments(args, config["zero_optimization"]["stage"])
+    check_arguments(args)
     say(
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
@@ -127,7 +129,7 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
     return args
 
 
-def check_arguments(args: SftTrainingArguments, zero: int) -> None:
+def check_arguments(args: SftTrainingArguments) -> None:
     """What would otherwise end in a traceback after data and model are loaded."""
     if args.hf_deepspeed_config.mismatches:
         lines = "\n".join(args.hf_deepspeed_config.mismatches)
@@ -136,11 +138,6 @@ def check_arguments(args: SftTrainingArguments, zero: int) -> None:
         raise UserError("--save_strategy best needs evaluations, and --eval_strategy is no; nothing would be saved")
     if not args.accelerator_config.use_seedable_sampler:
         raise UserError("--accelerator_config use_seedable_sampler false: a run that goes on would take other rows")
-    if args.fp16 and zero == 0:
-        raise UserError(
-            "--fp16 needs --zero 1 or more: without ZeRO DeepSpeed divides gradients by a loss scale that it never "
-            "multiplied the loss with"
-        )
     if args.use_cpu and uses_gpu():
         raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
     if args.fp16 and not get_accelerator().is_fp16_supported():

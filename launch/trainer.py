@@ -16,6 +16,7 @@ from launch.errors import UserError
 from launch.loaded import follow_this_schedule, place_step_counts
 from launch.milestones import Milestones
 from launch.nonfinite import NonFiniteSteps, check_weights, not_finite, skip_without_zero
+from launch.padding import padding_is_unseen
 from launch.processes import is_main, on_all_ranks
 from launch.stopping import EvaluationCut, Stopped
 from launch.watchdog import Watchdog
@@ -99,9 +100,7 @@ class SftTrainer(Trainer):
         self._where: list[str] = []
         self._aside: Path | None = None
         self._by_length: GroupedByLength | None = None
-        # No token of a causal model sees what is padded on its right. With a mask attention takes slower kernels, and
-        # on a device the host waits to look at it. Routers count tokens by it.
-        self._mask_changes_nothing = not hasattr(self.model.config.get_text_config(), "router_aux_loss_coef")
+        self._padding_is_unseen = padding_is_unseen(self.model)
         self.add_callback(Stage0GradNorm(self))
         self.add_callback(watchdog)
 
@@ -125,7 +124,7 @@ class SftTrainer(Trainer):
         self._where = inputs.pop("where", [])  # of the rows; the model has no use for it
         if self.model.training:
             self.train_meter.note(inputs["attention_mask"])
-        if self._mask_changes_nothing:
+        if self._padding_is_unseen:
             del inputs["attention_mask"]
         return super()._prepare_inputs(inputs)
 

@@ -37,12 +37,15 @@ def default_chunk_bytes(weight_bytes: int, device: bool) -> int:
 
 
 def chunk_length(tokens: int, most: int) -> int:
-    """Tokens of a chunk: as few chunks as `most` allows, alike in length, and 8 times something where there is room.
+    """Tokens of a chunk: as few chunks as `most` allows, alike in length; a multiple of 8 where that leaves them so.
 
-    Else what is left over would be a chunk of few tokens that costs a pass over weight and gradient all the same.
+    A last chunk of a few tokens would cost a pass over weight and gradient all the same.
     """
     chunks = max(1, math.ceil(tokens / most))
-    return min(most, 8 * math.ceil(tokens / (8 * chunks)))
+    alike = math.ceil(tokens / chunks)
+    rounded = 8 * math.ceil(alike / 8)
+    last = tokens - (chunks - 1) * rounded
+    return rounded if rounded <= most and 2 * last >= alike else alike
 
 
 @dataclass

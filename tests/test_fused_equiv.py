@@ -385,7 +385,8 @@ def test_every_rank_issues_the_same_collectives(softcap):
     sent_a_token = 12 if softcap is None else 16
     for how, with_hidden in (((), True), (("hidden",), False)):
         rows = 4 if softcap is None and with_hidden else 2
-        chunks = [rows] * (labelled // rows) + ([labelled % rows] if labelled % rows else [])
+        length = chunk_length(labelled, rows)
+        chunks = [min(length, labelled - start) for start in range(0, labelled, length)]
         results = pool(4).run(cost, case, chunk_bytes=4 * 32 * 4, frozen=how, hidden_size=hidden)
         for result in results:
             names = [(("gather" if "gather" in name else "reduce"), sent) for name, sent in result["out"]]
@@ -626,13 +627,19 @@ def test_the_budget_of_a_chunk():
     assert default_chunk_bytes(1000, device=False) == 2**24 and default_chunk_bytes(1000, device=True) == 2**28
 
 
-@pytest.mark.parametrize(
-    ("tokens", "most", "length"),
-    [(8192, 1450, 1368), (8192, 2901, 2736), (1024, 96, 96), (1000, 999, 504), (99, 200, 104), (10, 4, 4)],
-)
-def test_chunks_are_alike(tokens, most, length):
+@pytest.mark.parametrize(("tokens", "most", "length"), [(8192, 1450, 1368), (8192, 2901, 2736), (1024, 96, 96)])
+def test_chunks_of_a_multiple_of_eight(tokens, most, length):
     assert chunk_length(tokens, most) == length
-    assert -(-tokens // length) == -(-tokens // most), "no more chunks than the budget asks for"
+
+
+def test_chunks_are_few_and_alike():
+    for tokens in range(1, 700):
+        for most in (1, 2, 7, 12, 16, 40, 100, 699, 5000):
+            length = chunk_length(tokens, most)
+            chunks = -(-tokens // length)
+            assert chunks == -(-tokens // most) and length <= most + 7 * (chunks == 1)
+            last = tokens - (chunks - 1) * length
+            assert 2 * last >= length - 8 or length - last < chunks, (tokens, most, length)
 
 
 def test_rows_of_a_tile_begin_where_a_device_wants_them():

@@ -29,7 +29,7 @@ PLAIN = Setup(
     [
         ({}, 2 + 2 + 12 + 6),
         ({"zero": 0}, 2 + 2 + 12),
-        ({"low_precision": False}, 4 + 4 + 8),
+        ({"low_precision": False}, 4 + 4 + 8 + 4),
         ({"tensor_parallel": 4}, (2 + 2 + 12 + 6) / 4),
         ({"data_parallel": 4}, 2 + 2 + (12 + 6) / 4),
         ({"data_parallel": 4, "zero": 2}, 2 + (2 + 12 + 6) / 4),

@@ -58,6 +58,7 @@ def test_the_vocabulary_is_the_tokenizers_and_the_seed_decides(tokenizer):
         ({"model_type": ["llama"]}, ("unknown model_type ['llama']",)),
         ({"model_type": "vit"}, ("'vit' is no causal language model",)),
         ({"model_type": "bert"}, ("bert is an encoder", "is_decoder true")),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, ("gemma2 looks ahead", "needs it false")),
         ({"model_type": "reformer"}, ("--model_config",)),
         ({"vocab_size": 10}, ("vocabulary of 10",)),
         ({"model_type": None}, ("needs a model_type",)),

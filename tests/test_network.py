@@ -1,6 +1,7 @@
 """Where gloo listens, how long collectives wait, and a process that nobody told which rank it is."""
 
 import os
+import socket
 import time
 from datetime import timedelta
 
@@ -28,6 +29,16 @@ def untouched(monkeypatch):
 def test_an_interface_is_found_by_where_it_leads():
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("") is None and interface_towards("nobody.invalid") is None
+
+
+def test_a_name_for_the_loopback_is_reached_by_the_way_out(monkeypatch):
+    """As on a machine that has its own name for 127.0.1.1; other nodes do not reach it there."""
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 2, 17, "", ("127.0.1.1", 9))])
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address[0]))
+    interface_towards("node0")
+    interface_towards("127.0.1.1")
+    assert asked == ["192.0.2.1", "127.0.1.1"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 from ranks import fresh_group, pool
 
-from smoothing import VocabShard, smoothed_cross_entropy, vocab_parallel_cross_entropy
+from smoothing import (
+    VocabShard,
+    smoothed_cross_entropy,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 
 VOCAB = 12
 TOKENS = 5
@@ -246,3 +251,29 @@ def test_alone_the_error_is_the_same():
         smoothed_cross_entropy(logits, target)
     with pytest.raises(ValueError, match=r"whole vocabulary|cover"):
         vocab_parallel_cross_entropy(logits, target, VocabShard(0, 4, 5))
+
+
+ALONE_WRONG = {
+    "sum": (torch.full((4,), 0.5), None, r"sum to 1.*2"),
+    "negative": (torch.tensor([-0.5, 0.5, 0.5, 0.5]), None, "negative or NaN"),
+    "nan": (torch.tensor([torch.nan, 0.5, 0.25, 0.25]), None, "negative or NaN"),
+    "late": (None, (5, 9, 9), "follow one another from 0"),
+    "short": (None, (0, 4, 9), r"cover the vocabulary \[0, 9\)"),
+}
+
+
+def alone_wrong(name: str, head: str):
+    prior, bounds, _ = ALONE_WRONG[name]
+    shard = None if bounds is None else VocabShard(*bounds, fresh_group())
+    target, options = torch.tensor([0, 3, -100]), {"smoothing_prior": prior, "label_smoothing": 0.1}
+    if head == "sharded":
+        return vocab_parallel_cross_entropy(torch.randn(3, 4), target, shard, **options)
+    return vocab_parallel_linear_cross_entropy(torch.randn(3, 2), torch.randn(4, 2), target, shard, **options)
+
+
+@pytest.mark.parametrize("head", ["sharded", "fused"])
+@pytest.mark.parametrize("name", ALONE_WRONG)
+def test_one_rank_finds_out_by_itself(name, head):
+    """What several ranks find out together: nobody else is there to hear of it."""
+    (outcome,) = pool(1).attempt(alone_wrong, name, head)
+    assert outcome.error == "ValueError" and re.search(ALONE_WRONG[name][2], outcome.message), outcome
