@@ -68,14 +68,15 @@ def name(setup, tied: bool) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """All runs, done once: four launches, by number of ranks and tensor parallelism."""
+    """All runs, done once: a launch for each number of ranks and tensor-parallel ones, and for each dtype."""
     folder = tmp_path_factory.mktemp("runs")
     write_data(folder)
     for tied in (False, True):
         write_model(folder, tied)
-    for ranks, tp in ((1, 1), (2, 1), (2, 2), (4, 2)):
-        todo = [(s, tied) for s in SETUPS + BF16 if s[:2] == (ranks, tp) for tied in (False, True)]
-        launch_many(folder, ranks, [_arguments(folder, *what) for what in todo])
+    for setups in (SETUPS, BF16):
+        for ranks, tp in sorted({setup[:2] for setup in setups}):
+            todo = [(s, tied) for s in setups if s[:2] == (ranks, tp) for tied in (False, True)]
+            launch_many(folder, ranks, [_arguments(folder, *what) for what in todo])
     return folder
 
 
