@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	pip install --quiet --constraint constraints.txt --editable '.[train,test,lint,plot]'
 	@touch $(READY)
 
-train: setup ## Run the embedded default: a small Llama, ten minutes, no GPU needed (ARGS="--tp 2 ...")
+train: setup ## Run the embedded default: a small Llama, a few minutes, no GPU needed (ARGS="--tp 2 ...")
 	deepspeed launch/sft.py --smoothing 0.1 $(ARGS)
 
 sanity: setup ## Check a run on one device before a long one (ARGS="--recipe recipes/...")

@@ -11,7 +11,7 @@ import psutil
 import torch.distributed.distributed_c10d as c10d
 
 INTERFACES = Path("/sys/class/net")
-PATIENCE = timedelta(hours=2)
+PATIENCE, FOR_EVER = timedelta(hours=2), timedelta(weeks=52)
 DISCARD = 9  # a port; nothing is sent to it
 ELSEWHERE = "192.0.2.1"  # nobody's (RFC 5737), so that the way there is the way out
 
@@ -60,7 +60,8 @@ def wait_longer_than(limit: float) -> None:
     Those of the groups that there will be, and of the one that there is: DeepSpeed makes groups without saying how
     long they wait, and NCCL's default of ten minutes would end the process with none of the watchdog's words.
     """
-    patience = timedelta(weeks=52) if limit == 0 else max(PATIENCE, timedelta(seconds=2 * limit))
+    wanted = 2 * limit or FOR_EVER.total_seconds()
+    patience = max(PATIENCE, timedelta(seconds=min(wanted, FOR_EVER.total_seconds())))
     c10d.default_pg_timeout = patience
     if c10d.default_pg_nccl_timeout is not None:
         c10d.default_pg_nccl_timeout = patience

@@ -42,7 +42,6 @@ from launch.files import write_whole
 from launch.layout import layout
 from launch.milestones import Milestones
 from launch.model import load_model
-from launch.network import wait_longer_than
 from launch.nonfinite import NonFiniteSteps
 from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
 from launch.prepare import load_data
@@ -53,7 +52,7 @@ from launch.sanity import check_run
 from launch.starting import Starting
 from launch.stopping import StopOnSignal, Stopped
 from launch.trainer import SftTrainer
-from launch.watchdog import STORAGE_PATIENCE, Watchdog
+from launch.watchdog import Watchdog
 from smoothing.hf import SmoothedLossCallback
 
 
@@ -120,7 +119,6 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
         args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
     except (ValueError, TypeError, ImportError, NotImplementedError) as fault:
         raise UserError(str(fault)) from None
-    wait_longer_than(STORAGE_PATIENCE * options.stall_timeout)
     check_arguments(args)
     say(
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "

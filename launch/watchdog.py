@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from launch.device import uses_gpu
 from launch.launcher import alive
+from launch.network import wait_longer_than
 from launch.processes import on_all_ranks, rank, world_size
 
 LOOK_SECONDS = 1.0
@@ -33,7 +34,8 @@ WRAPPERS = ("torch/", "smoothing/collectives.py", "deepspeed/comm/", "deepspeed/
 class Watchdog(TrainerCallback):
     """Watches while entered. `limit`: seconds without a sign of progress on this rank that are too many; 0 for never.
 
-    Ends the process with `code`. Collectives: one gather of objects on entering; none later.
+    Ends the process with `code`. From then on collectives wait longer than it does; before, nobody would end one that
+    a lost rank leaves alone. Collectives: one gather of objects on entering; none later.
     """
 
     def __init__(self, limit: float, code: int = 1):
@@ -49,6 +51,7 @@ class Watchdog(TrainerCallback):
         self._patience = self.limit * (STORAGE_PATIENCE if storage else 1)
 
     def __enter__(self) -> "Watchdog":
+        wait_longer_than(STORAGE_PATIENCE * self.limit)
         processes = on_all_ranks(lambda: (socket.gethostname(), os.getpid()))
         here = socket.gethostname()
         self._peers = {r: pid for r, (host, pid) in enumerate(processes) if host == here and r != rank()}

@@ -154,18 +154,19 @@ class LossCall:
         self, stats_RFT: Tensor, headers_RH: Tensor | None, tokens=slice(None), with_prior: bool = True
     ) -> Combined:
         """All ranks' statistics of these tokens added up; `headers_RH` None for one rank."""
+        owner_T = None if self.soft else self._owner(self.target[tokens], headers_RH)
         if headers_RH is None:
-            owner_T = torch.zeros(stats_RFT.shape[-1], dtype=torch.int64, device=stats_RFT.device)
             mass_R = stats_RFT.new_ones(1)
         else:
-            owner_T = None if self.soft else self._owner(self.target[tokens], headers_RH[:, agreement.START])
             mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64)
-        return combine(stats_RFT, None if self.soft else owner_T, mass_R if with_prior else None)
+        return combine(stats_RFT, owner_T, mass_R if with_prior else None)
 
-    def _owner(self, label_n: Tensor, start_R: Tensor) -> Tensor:
+    def _owner(self, label_n: Tensor, headers_RH: Tensor | None) -> Tensor:
         """The rank that holds each label."""
-        label_n = label_n.clamp(0, self.shard.vocab_size - 1)
-        return torch.bucketize(label_n, start_R.contiguous(), right=True) - 1
+        if headers_RH is None:
+            return torch.zeros_like(label_n)
+        starts_R = headers_RH[:, agreement.START].contiguous()
+        return torch.bucketize(label_n.clamp(0, self.shard.vocab_size - 1), starts_R, right=True) - 1
 
     def refuse_at_meeting(self, fault: Exception) -> NoReturn:
         """Raise `fault` as a `ValueError` here; the other ranks learn of it in `agreement.start_meeting`."""

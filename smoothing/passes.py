@@ -54,12 +54,15 @@ def _works_on(device: torch.device) -> bool:
                 _ = passes_triton.triton.runtime.driver.active.utils
             _found[device.type] = True
         except Exception as fault:
-            _tell(f"Triton kernels cannot be used (they need Triton, a C compiler and Python's headers): {fault}")
+            needs = "they need Triton, a C compiler and Python's headers"
+            _tell(
+                f"Triton kernels cannot be used, and torch operations are slower ({needs}): {fault}", logging.WARNING
+            )
             _found[device.type] = False
     return _found[device.type]
 
 
-def _tell(what: str) -> None:
+def _tell(what: str, level: int = logging.INFO) -> None:
     if what not in _told:  # no functools.cache here or in `call`: torch.compile warns of it
         _told.add(what)
-        log.info(what)
+        log.log(level, what)

@@ -21,7 +21,9 @@ from smoothing.shard_statistics import ShardStatistics
 BLOCK = 4096  # columns of a row looked at together
 SCALED = 16384  # elements of a gradient that a program scales
 INTERPRETED = tl.constexpr(interpreted())
-COMPILER = {"enable_fp_fusion": True}  # a product and a sum in one instruction; Triton 3.10 will not by itself
+COMPILER_OPTIONS = {
+    "enable_fp_fusion": True
+}  # a product and a sum in one instruction; Triton 3.10 will not by itself
 
 
 def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bool = True) -> ShardStatistics:
@@ -52,7 +54,7 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
                 WITH_FIELD=with_prior,
                 UNIFORM=call.prior is None,
                 BLOCK=_block(real_size),
-                **COMPILER,
+                **COMPILER_OPTIONS,
             )
     return ShardStatistics(*stats_FT.unbind(), *([] if with_prior else [None]))
 
@@ -96,7 +98,7 @@ def gradient(
             SMOOTHED=with_prior and options.label_smoothing > 0,
             UNIFORM=call.prior is None,
             BLOCK=block,
-            **COMPILER,
+            **COMPILER_OPTIONS,
         )
     return out_TS
 
@@ -105,7 +107,7 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     """`gradient *= factor`, one number, in contiguous memory; where that is 1 nothing is read, and nobody waits."""
     if count := gradient.numel():
         with _current(gradient):
-            _scale_kernel[(triton.cdiv(count, SCALED),)](gradient, factor, count, BLOCK=SCALED, **COMPILER)
+            _scale_kernel[(triton.cdiv(count, SCALED),)](gradient, factor, count, BLOCK=SCALED, **COMPILER_OPTIONS)
 
 
 def _current(logits_TS: Tensor) -> torch.cuda.device:

@@ -86,7 +86,7 @@ def compiled(kernel, variant: Variant):
     ]
     source = ASTSource(kernel, types, constants, {(place,): [["tt.divisibility", 16]] for place in by_16})
     target = GPUTarget("cuda", variant.capability, 32)
-    return triton.compile(source, target=target, options=passes_triton.COMPILER)
+    return triton.compile(source, target=target, options=passes_triton.COMPILER_OPTIONS)
 
 
 def instructions(cubin: bytes, folder: Path) -> list[tuple[int, str]]:

@@ -129,3 +129,8 @@ def batch(labels: list[list[int]]) -> dict[str, torch.Tensor]:
 )
 def test_masks(labels, passed):
     assert sanity.check_mask(batch(labels)).passed is passed
+
+
+def test_what_the_run_would_refuse(folder):
+    done = start(folder, fp16="true", zero=0)
+    assert done.returncode == 2 and "--fp16 needs --zero 1 or more" in done.stderr
