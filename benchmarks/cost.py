@@ -54,12 +54,11 @@ class Sizes:
 
     @property
     def peak_bytes(self) -> int:
-        """Over the inputs: both gradients in fp32, chunks of logits, and the weight's gradient as it is returned."""
-        gradients = FP32 * self.hidden * (self.shard + self.tokens)
+        """Over the inputs: both gradients in fp32 and chunks of logits; or, when those are gone, what is rounded."""
+        weight, hidden = self.hidden * self.shard, self.hidden * self.tokens
         chunk = self._tile_bytes * self.chunk_tokens * self.shard
-        rounded = self.weight_bytes * self.hidden * self.shard if self.weight_bytes != FP32 else 0
-        # the chunks' buffers are gone when the gradient is rounded
-        return gradients + max(chunk, rounded)
+        rounded = self.weight_bytes * (weight + hidden) if self.weight_bytes != FP32 else 0
+        return max(FP32 * (weight + hidden) + chunk, FP32 * weight + rounded)
 
     @property
     def sum_bytes(self) -> int:
@@ -97,9 +96,7 @@ class Sizes:
     @property
     def _tile_bytes(self) -> int:
         """Of one logit of a chunk. Where a device's ranks wait for one another, the next chunk's logits are made."""
-        if not self.device:
-            return FP32
-        return FP32 * (2 if self.ranks > 1 else 1) + self.weight_bytes  # the products' copy of one chunk
+        return FP32 * (2 if self.device and self.ranks > 1 else 1)
 
 
 @dataclass(frozen=True)

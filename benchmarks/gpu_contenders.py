@@ -86,7 +86,8 @@ def quack_loss() -> Loss:
 
 
 def here_fused(given: Given) -> Tensor:
-    options = {"label_smoothing": SMOOTHING, "chunk_bytes": given.chunk_bytes}
+    """Told how many labels there are, as `launch/` tells it."""
+    options = {"label_smoothing": SMOOTHING, "chunk_bytes": given.chunk_bytes, "label_tokens": len(given.target)}
     return vocab_parallel_linear_cross_entropy(given.hidden, given.weight, given.target, **options)
 
 

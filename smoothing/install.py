@@ -34,7 +34,8 @@ def install_smoothed_loss(
     Smoothing (with its prior and z-loss) is how a model is trained: in evaluation mode the loss is the plain nll.
     There (`model.eval()` and no gradient) `outputs.logits` are whole, as a metric needs them; `logits_in_eval=False`
     evaluates as it trains, without. A forward without labels, as in `generate`, always gives whole logits.
-    `on_stats` is called with each forward's `TokenStats`.
+    `on_stats` is called with each forward's `TokenStats`. A forward may be given `label_tokens=`, the number of
+    positions that have a label to predict: then the host need not wait until a device has counted them.
 
     Returns the installed loss: `.remove()` undoes it, as does leaving it as a context manager. Raises `ValueError`
     for wrong options, a model that has a loss installed already, and one that `check_model` refuses.

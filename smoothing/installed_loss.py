@@ -100,7 +100,7 @@ class InstalledLoss:
         """The model's forward `forward(*args, **kwargs)`, whose arguments by name are `given`."""
         if not self._installed:
             return forward(*args, **kwargs)
-        turn = self._turn(Labels.of(given))
+        turn = self._turn(Labels.of(given), given.get("label_tokens"))
         try:
             with self._head.giving(turn):
                 outputs = forward(*args, **kwargs)
@@ -112,7 +112,7 @@ class InstalledLoss:
             raise UnsupportedModel(OWN_LOSS)
         return outputs if turn.placeholder is None else _without_logits(outputs)
 
-    def _turn(self, labels: Labels) -> Turn:
+    def _turn(self, labels: Labels, label_tokens: int | None) -> Turn:
         """What the head is to give in a forward with these labels."""
         evaluation = not self.model.training and not torch.is_grad_enabled()
         if not labels.given or self.asked.head == "dense" or (evaluation and self.asked.logits_in_eval):
@@ -120,10 +120,10 @@ class InstalledLoss:
         if self.asked.head == "sharded":
             return Turn(Gives.OWN_LOGITS, labels)
         target = labels.target(self.asked.options.ignore_index)
-        loss = functools.partial(self._loss_from_hidden, target=target, num_items=labels.num_items_in_batch)
-        return Turn(Gives.LOSS, labels, loss)
+        asked = {"target": target, "num_items": labels.num_items_in_batch, "label_tokens": label_tokens}
+        return Turn(Gives.LOSS, labels, functools.partial(self._loss_from_hidden, **asked))
 
-    def _loss_from_hidden(self, hidden: Tensor, head: nn.Module, target: Tensor, num_items) -> Tensor:
+    def _loss_from_hidden(self, hidden: Tensor, head: nn.Module, target: Tensor, num_items, label_tokens) -> Tensor:
         """What the head computes in place of logits. `hidden` `[B, L, H]`, `target` `[B, L]`."""
         value, stats = vocab_parallel_linear_cross_entropy(
             hidden,
@@ -133,6 +133,7 @@ class InstalledLoss:
             bias=head.bias,
             logit_softcap=self.asked.options.logit_softcap,
             chunk_bytes=self.asked.chunk_bytes,
+            label_tokens=label_tokens,
             return_stats=True,
             **self._options(num_items),
             **self._extras(),
@@ -188,6 +189,7 @@ class _Forward:
 
     def __call__(self, *args, **kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs
+        kwargs.pop("label_tokens", None)  # for the loss alone: no model knows it
         return self.around(self.plain, given, *args, **kwargs)
 
 

@@ -124,17 +124,16 @@ class HeadGradients:
     def _add_explicit(self, tile: Tile, combined: Combined) -> None:
         head, base_n = self.head, combined.maximum
         scale_n, weight_n = self.call.softmax_scale(combined, base_n), self.token_weight_N[tile.tokens]
-        in_place = self.wanted.bias or head.gemm_dtype == tile.z_nK.dtype  # a bias sums what is not rounded yet
-        out_nK = tile.z_nK if in_place else products.tile(tile.z_nK.shape, head.gemm_dtype, tile.z_nK.device)
+        # rounded in the logits' own memory; but a bias sums what is not rounded yet
+        out_nK = tile.z_nK if self.wanted.bias else products.narrowed(tile.z_nK, head.gemm_dtype)
         target = self.call.target[tile.tokens]
         options = {"with_prior": not head.linear}
-        grad_nK = head.passes.gradient(tile.z_nK, target, self.call, base_n, scale_n, weight_n, out_nK, **options)
-        real_size = grad_nK.shape[1]
+        factor_nK = head.passes.gradient(tile.z_nK, target, self.call, base_n, scale_n, weight_n, out_nK, **options)
+        real_size = factor_nK.shape[1]
         if self.wanted.bias:
-            self.bias_S[:real_size] += grad_nK.sum(0)
-        factor_nK = grad_nK
-        if grad_nK.dtype != head.gemm_dtype:
-            factor_nK = products.tile(grad_nK.shape, head.gemm_dtype, grad_nK.device).copy_(grad_nK)
+            self.bias_S[:real_size] += factor_nK.sum(0)
+        if factor_nK.dtype != head.gemm_dtype:
+            factor_nK = products.tile(factor_nK.shape, head.gemm_dtype, factor_nK.device).copy_(factor_nK)
         if self.wanted.hidden:
             grad_nH = products.hidden_gradient(factor_nK, head.weight_KH, self.hidden_NH[tile.tokens])
             self.reductions.append(start_all_reduce(grad_nH, self.call.shard))

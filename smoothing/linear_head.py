@@ -24,10 +24,11 @@ from smoothing.shard_statistics import Combined, ShardStatistics
 
 # A chunk's logits take this part of what the widest shard's weight takes in fp32, beside a gradient of that size; and
 # not less than so many bytes, below which the products lose speed. On a device more: each chunk reads and writes the
-# sum of the weight's gradient, which takes as long as the products of some 300 tokens. (Half of a weight would make
-# 8192 tokens just more than 6 chunks at H=4096, or 3 at H=8192.)
-CHUNK_OF_WEIGHT, DEVICE_CHUNK_OF_WEIGHT = 1 / 8, 17 / 32
+# sum of the weight's gradient, which takes as long as the products of some 300 tokens. There half is free where the
+# weight is bf16: when the chunks are done, its gradient's rounding takes as much. (H/2 tokens a chunk on one rank.)
+CHUNK_OF_WEIGHT, DEVICE_CHUNK_OF_WEIGHT = 1 / 8, 1 / 2
 LEAST_CHUNK_BYTES, LEAST_DEVICE_CHUNK_BYTES = 16 << 20, 256 << 20
+PIECE = 1024  # hidden states that are widened at a time
 
 
 def default_chunk_bytes(weight_bytes: int, device: bool) -> int:
@@ -99,8 +100,8 @@ class LinearHead:
     def weighted_hidden_sum(self, token_weight_N: Tensor) -> Tensor:
         """`Σ_t g_t h_t`, `[H]`."""
         sum_H = torch.zeros(self.hidden_NH.shape[1], dtype=self.call.statistics_dtype, device=self.hidden_NH.device)
-        for start in range(0, self.call.tokens, 4096):
-            tokens = slice(start, start + 4096)
+        for start in range(0, self.call.tokens, PIECE):
+            tokens = slice(start, start + PIECE)
             sum_H.addmv_(self.hidden_NH[tokens].to(sum_H.dtype).t(), token_weight_N[tokens])
         return sum_H
 
@@ -115,7 +116,7 @@ class LinearHead:
 
     def prior_logit(self, mean_row_H: Tensor, mean_bias: Tensor, maximum_N: Tensor) -> Tensor:
         """`Σ_v u_v z_v - M = h·w̄ + b̄ - M`, `[N]`."""
-        dot_N = torch.cat([h_nH.to(mean_row_H.dtype) @ mean_row_H for h_nH in self.hidden_NH.split(4096)])
+        dot_N = torch.cat([h_nH.to(mean_row_H.dtype) @ mean_row_H for h_nH in self.hidden_NH.split(PIECE)])
         return dot_N + mean_bias - maximum_N
 
     def chunks(self, widest: int, buffers: int) -> tuple[list[slice], list[Tensor]]:
@@ -124,8 +125,9 @@ class LinearHead:
         The widest shard's logits fit the budget, so every rank makes the same chunks whatever its own shard.
         """
         dtype = self.call.statistics_dtype
-        # a low-precision GEMM takes a copy of the gradient
-        element = dtype.itemsize * buffers + (0 if self.gemm_dtype == dtype else self.gemm_dtype.itemsize)
+        # where there is a bias, a low-precision GEMM takes a copy of the gradient
+        copied = self.bias_K is not None and self.gemm_dtype != dtype
+        element = dtype.itemsize * buffers + (self.gemm_dtype.itemsize if copied else 0)
         device = self.hidden_NH.device
         budget = self.chunk_bytes
         if budget is None:

@@ -36,6 +36,7 @@ def vocab_parallel_linear_cross_entropy(
     logit_softcap: float | None = None,
     return_stats: bool = False,
     chunk_bytes: int | None = None,
+    label_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """`vocab_parallel_cross_entropy(hidden @ weight.T + bias, ...)` without the logits; same options, same loss.
 
@@ -44,8 +45,8 @@ def vocab_parallel_linear_cross_entropy(
     `hidden` `[..., H]`, alike on all ranks; `weight` `[S, H]` and `bias` `[S]`, this rank's rows. Each rank ends with
     the whole gradient of `hidden` (the ranks' parts are summed here) and that of its own rows. `target` as in
     `vocab_parallel_cross_entropy`; only rows with a label are looked at. The head works through them in chunks whose
-    logits fit `chunk_bytes` (at least one row; None: an eighth of the weight's size in fp32, or 16 MiB; on a device a
-    little over half of it, or 256 MiB). Under autocast it computes in autocast's dtype, as `F.linear` does; products
+    logits fit `chunk_bytes` (at least one row; None: an eighth of the weight's size in fp32, or 16 MiB; on a device
+    half of it, or 256 MiB). Under autocast it computes in autocast's dtype, as `F.linear` does; products
     accumulate in fp32.
 
     With a scalar reduction the gradients are computed along with the loss: three products in all, two if `weight` or
@@ -58,8 +59,9 @@ def vocab_parallel_linear_cross_entropy(
     Collectives, C chunks of n tokens: one all-gather of 72 bytes; with smoothing, but no softcap, one all-reduce of
     H+1 numbers; C all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a
     gradient, C all-reduces of n·H numbers (in backward with `reduction="none"`).
-    On a device the host waits once, to count the labelled tokens, and once more the first time that several ranks use
-    a shard; not while a CUDA graph is captured on one rank.
+    On a device the host waits once, to count the labelled tokens, unless `label_tokens` says how many they are (a
+    wrong number raises as a wrong target does); and once more the first time that several ranks use a shard. Not
+    while a CUDA graph is captured on one rank.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     try:
@@ -73,6 +75,7 @@ def vocab_parallel_linear_cross_entropy(
             smoothing_prior,
             num_items_in_batch,
             chunk_bytes,
+            label_tokens,
             return_stats,
         )
     except Exception as fault:  # whatever it is, the other ranks must learn of it
@@ -83,7 +86,17 @@ def vocab_parallel_linear_cross_entropy(
 
 
 def _checked(
-    hidden, weight, bias, target, shard, options: LossOptions, prior, num_items_in_batch, chunk_bytes, return_stats
+    hidden,
+    weight,
+    bias,
+    target,
+    shard,
+    options: LossOptions,
+    prior,
+    num_items_in_batch,
+    chunk_bytes,
+    label_tokens,
+    return_stats,
 ) -> "_Job":
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
@@ -99,7 +112,9 @@ def _checked(
     soft = target.is_floating_point()
     flat_T = target.reshape(leading.numel(), size) if soft else target.reshape(-1)
     masked = not soft and keeps_every_row(hidden.device)
-    rows_N = None if soft or masked else _labelled(flat_T, options.ignore_index)
+    if fault := _label_tokens_fault(label_tokens, flat_T, options.ignore_index):
+        raise ValueError(fault)
+    rows_N = None if soft or masked else _labelled(flat_T, options.ignore_index, label_tokens)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     call = LossCall(
         target=flat_T if rows_N is None else flat_T[rows_N],
@@ -207,13 +222,13 @@ class _ScalarLoss(torch.autograd.Function):
         outcome = job.forward(hidden_TH, weight_SH, bias_S, token_weight_N=token_weight_N)
         inputs = (hidden_TH, weight_SH, bias_S)
         ctx.gradients = []
-        for index, (total, given) in enumerate(zip(outcome.sums, inputs, strict=True)):
+        for index, given in enumerate(inputs):
+            total, outcome.sums[index] = outcome.sums[index], None  # one sum at a time beside its rounded copy
             if total is not None:
                 # fp16 must wait for the upstream gradient: that is where loss scaling comes in
                 early = total.dtype if given.dtype == torch.float16 else given.dtype
                 total = job.scatter(total, given.shape, early) if index == 0 else total.to(early)
             ctx.gradients.append(total)
-            outcome.sums[index] = None
         ctx.dtypes = [None if given is None else given.dtype for given in inputs]
         ctx.scale = passes(hidden_TH.device, job.call).scale
         ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
@@ -275,10 +290,28 @@ def keeps_every_row(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _labelled(target_T: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the tokens that have a label, None if all have."""
-    rows_N = (target_T != ignore_index).nonzero().squeeze(1)
+def _labelled(target_T: Tensor, ignore_index: int, count: int | None) -> Tensor | None:
+    """Indices of the tokens that have a label, None if all have. Without their `count` the host waits for it."""
+    valid_T = target_T != ignore_index
+    rows_N = (valid_T.nonzero() if count is None else valid_T.nonzero_static(size=count)).squeeze(1)
     return None if len(rows_N) == len(target_T) else rows_N
+
+
+def _label_tokens_fault(count: int | None, target_T: Tensor, ignore_index: int) -> str | None:
+    """What is wrong with the number of labelled tokens that a caller gave, or None; on a device asserted there."""
+    if count is None:
+        return None
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= len(target_T):
+        return (
+            f"label_tokens must be None or an integer from 0 to {len(target_T)}, the number of tokens, got {count!r}"
+        )
+    if target_T.is_floating_point():
+        return "label_tokens counts targets that are ids; leave it out where they are probabilities"
+    held = (target_T != ignore_index).sum()
+    if target_T.device.type == "cpu":
+        return None if held == count else f"label_tokens must be the number of labelled tokens, {held}, got {count}"
+    torch._assert_async(held == count)
+    return None
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -11,8 +11,9 @@ from smoothing.model_logits import UnsupportedModel
 from smoothing.shard import VocabShard
 from smoothing.turn import Gives, Turn
 
-# What travels to the loss beside the loss itself: known numbers that show what the model does to its logits.
-PROBES = (1.0, -2.0, 8.0)
+# What travels to the loss beside the loss itself: known numbers (a range: made where they are needed, without a copy
+# from the host) that show what the model does to its logits.
+PROBES = (-2, 9, 5)
 
 
 class OutputHead:
@@ -56,7 +57,8 @@ class OutputHead:
                     "which call its labels are for; use head='sharded'"
                 )
             loss = turn.loss(hidden, self.head)
-            turn.placeholder = torch.cat([loss.view(1), loss.new_tensor(PROBES)]).view(1, 1, -1)
+            probes = torch.arange(*PROBES, dtype=loss.dtype, device=loss.device)
+            turn.placeholder = torch.cat([loss.view(1), probes]).view(1, 1, -1)
             return turn.placeholder
         logits = self._plain(hidden, *args, **kwargs)
         if self.shard is not None and turn.gives is Gives.ALL_LOGITS:

@@ -57,7 +57,7 @@ def gradient(
     out_TS: Tensor,
     with_prior: bool = True,
 ) -> Tensor:
-    """The gradient of the logits into `out_TS`, which may be the logits themselves.
+    """The gradient of the logits into `out_TS`, which may be their memory, row by row, in a narrower dtype too.
 
         ∂z_v = weight·(scale·exp(z_v - base) - (1-ε)·q_v - ε·u_v)·(1 - (z_v/cap)²)
 

@@ -69,14 +69,12 @@ def gradient(
     out_TS: Tensor,
     with_prior: bool = True,
 ) -> Tensor:
-    """The gradient of the logits into `out_TS`, which may be the logits: one read, one write. See `passes_torch`."""
+    """The gradient of the logits into `out_TS`, maybe their memory: one read, one write. See `passes_torch`."""
     options, (count, width) = call.options, out_TS.shape
     if count == 0 or width == 0:
         return out_TS
-    block = _block(width)
-    blocks = triton.cdiv(width, block)
     with _current(logits_TS):
-        _gradient_kernel[(count * blocks,)](
+        _gradient_kernel[(count,)](
             logits_TS,
             *logits_TS.stride(),
             out_TS,
@@ -86,7 +84,6 @@ def gradient(
             base_T,
             scale_T,
             weight_T.contiguous(),  # an upstream gradient may be one number, expanded
-            blocks,
             call.shard.start,
             call.shard.real_size,
             width,
@@ -97,7 +94,8 @@ def gradient(
             CAPPED=options.logit_softcap is not None,
             SMOOTHED=with_prior and options.label_smoothing > 0,
             UNIFORM=call.prior is None,
-            BLOCK=block,
+            NARROWED=out_TS.element_size() < logits_TS.element_size(),
+            BLOCK=_block(width),
             **COMPILER_OPTIONS,
         )
     return out_TS
@@ -277,10 +275,11 @@ def _write_block(
     CAPPED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     UNIFORM: tl.constexpr,
+    NARROWED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of one block of a row; each element is read before the same program writes it."""
+    """The gradient of one block of a row."""
     column = first + tl.arange(0, BLOCK)
     inside = column < real_size
     z = _read_block(row_logits, column_stride, column, inside, cap, CAPPED, MASKED)
@@ -294,6 +293,8 @@ def _write_block(
     if CAPPED:
         gradient *= 1.0 - (z / cap) * (z / cap)
     gradient *= weight
+    if NARROWED:
+        tl.debug_barrier()  # what is written lies where other threads may still have to read this block
     place = row_out + column.to(tl.int64) * out_column_stride
     if MASKED:
         gradient = tl.where(inside, gradient, 0.0)
@@ -302,7 +303,7 @@ def _write_block(
         tl.store(place, gradient.to(row_out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["blocks", "start", "ignore_index"])
+@triton.jit(do_not_specialize=["start", "ignore_index"])
 def _gradient_kernel(
     logits,
     row_stride,
@@ -315,7 +316,6 @@ def _gradient_kernel(
     bases,
     scales,
     weights,
-    blocks,
     start,
     real_size,
     width,
@@ -326,29 +326,31 @@ def _gradient_kernel(
     CAPPED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     UNIFORM: tl.constexpr,
+    NARROWED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row and block of columns, those of a row one after another."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK
+    """One program a row, from its front: what a block writes, in a narrower dtype too, overtakes no block unread."""
+    row = tl.program_id(0).to(tl.int64)
     row_logits, row_out = logits + row * row_stride, out + row * out_row_stride
     target = tl.load(targets + row)
     if target == ignore_index:
-        column = first + tl.arange(0, BLOCK)
-        place = row_out + column.to(tl.int64) * out_column_stride
-        tl.store(place, tl.zeros([BLOCK], dtype=out.dtype.element_ty), mask=column < width)
+        for first in range(0, width, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            place = row_out + column.to(tl.int64) * out_column_stride
+            tl.store(place, tl.zeros([BLOCK], dtype=out.dtype.element_ty), mask=column < width)
     else:
         at = (target - start).to(tl.int32)
         base, scale, weight = tl.load(bases + row), tl.load(scales + row), tl.load(weights + row)
-        if first + BLOCK <= real_size:
+        whole = real_size // BLOCK * BLOCK
+        for first in range(0, whole, BLOCK):
             _write_block(
                 row_logits, column_stride, row_out, out_column_stride, priors, first, real_size, width, at, base,
-                scale, weight, label_share, prior_share, cap, CAPPED, SMOOTHED, UNIFORM, False, BLOCK,
+                scale, weight, label_share, prior_share, cap, CAPPED, SMOOTHED, UNIFORM, NARROWED, False, BLOCK,
             )  # fmt: skip
-        else:
+        for first in range(whole, width, BLOCK):
             _write_block(
                 row_logits, column_stride, row_out, out_column_stride, priors, first, real_size, width, at, base,
-                scale, weight, label_share, prior_share, cap, CAPPED, SMOOTHED, UNIFORM, True, BLOCK,
+                scale, weight, label_share, prior_share, cap, CAPPED, SMOOTHED, UNIFORM, NARROWED, True, BLOCK,
             )  # fmt: skip
 
 

@@ -24,6 +24,11 @@ def tile(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Te
     return torch.empty(rows, between, dtype=dtype, device=device)[:, :columns]
 
 
+def narrowed(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory at the front of each of its rows, as a matrix of a dtype that is no wider."""
+    return tile_nK.view(dtype)[:, : tile_nK.shape[1]]
+
+
 def logits(hidden_nH: Tensor, weight_KH: Tensor, out_nK: Tensor) -> Tensor:
     """`h·Wᵀ` into `out_nK`."""
     if hidden_nH.dtype != weight_KH.dtype:

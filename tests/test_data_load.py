@@ -165,6 +165,7 @@ def test_collator_pads_on_the_right_to_a_multiple():
     ]
     batch = PadToLongest(pad_token_id=3, multiple_of=4)(rows)
     assert batch.pop("where") == ["a:1", "a:2"]
+    assert batch.pop("label_tokens") == 2  # the first position of a row is predicted by nobody
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
         ("input_ids", "labels", "attention_mask"), torch.int64
     )

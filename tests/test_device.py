@@ -83,7 +83,8 @@ def step(head: str, ignored: int = 0):
     def run():
         hidden.grad = weight.grad = None
         if head == "fused":
-            loss = vocab_parallel_linear_cross_entropy(hidden, weight, target, label_smoothing=0.1)
+            options = {"label_smoothing": 0.1, "label_tokens": len(target) - ignored}
+            loss = vocab_parallel_linear_cross_entropy(hidden, weight, target, **options)
         else:
             loss = smoothed_cross_entropy(hidden @ weight.T, target, label_smoothing=0.1)
         loss.backward()
@@ -100,12 +101,9 @@ def test_a_step_is_repeatable(head):
 
 
 @on_gpu
-@pytest.mark.parametrize(("head", "allowed"), [("sharded", 0), ("fused", 1)])
-def test_host_synchronisations(head, allowed):
-    """The fused head counts its labelled tokens; on several ranks it also waits for their meeting.
-
-    As many in a step with another number of them, which nothing was kept of.
-    """
+@pytest.mark.parametrize("head", ["fused", "sharded"])
+def test_the_host_waits_for_nothing(head):
+    """Nor in a step with another number of labels, which nothing was kept of."""
     step(head)()
     run = step(head, ignored=7)
     torch.cuda.set_sync_debug_mode("warn")
@@ -115,7 +113,7 @@ def test_host_synchronisations(head, allowed):
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(warning.message).lower() for warning in seen) <= allowed
+    assert not [str(warning.message) for warning in seen if "synchroniz" in str(warning.message).lower()]
 
 
 @on_gpu

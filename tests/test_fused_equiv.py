@@ -622,12 +622,12 @@ def test_more_tokens_and_rows_than_are_taken_at_a_time(monkeypatch, dtype, with_
 
 
 def test_the_budget_of_a_chunk():
-    """Of a weight of 1 GiB in fp32: an eighth; on a device half and a little. Of a small one, what products need."""
-    assert default_chunk_bytes(2**30, device=False) == 2**27 and default_chunk_bytes(2**30, device=True) == 17 * 2**25
+    """Of a weight of 1 GiB in fp32: an eighth; on a device half. Of a small one, what products need."""
+    assert default_chunk_bytes(2**30, device=False) == 2**27 and default_chunk_bytes(2**30, device=True) == 2**29
     assert default_chunk_bytes(1000, device=False) == 2**24 and default_chunk_bytes(1000, device=True) == 2**28
 
 
-@pytest.mark.parametrize(("tokens", "most", "length"), [(8192, 1450, 1368), (8192, 2901, 2736), (1024, 96, 96)])
+@pytest.mark.parametrize(("tokens", "most", "length"), [(8192, 2048, 2048), (8192, 2901, 2736), (1024, 96, 96)])
 def test_chunks_of_a_multiple_of_eight(tokens, most, length):
     assert chunk_length(tokens, most) == length
 
@@ -778,6 +778,18 @@ def test_ranks_hold_the_same_bits_of_a_large_hidden_gradient():
     assert all(torch.equal(r["hidden"], results[0]["hidden"]) for r in results)
 
 
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("how", ["mean", "none"])
+def test_told_how_many_labels_there_are_it_does_the_same(name, how):
+    case = CASES[name](2)
+    if case.soft:
+        pytest.skip("probabilities: every token has a label")
+    told = pool(2).run(fused, case, reduction=how, label_tokens=int(case.valid.sum()))
+    for rank, given in enumerate(pool(2).run(fused, case, reduction=how)):
+        for key, value in given.items():
+            assert value is None or torch.equal(told[rank][key], value)
+
+
 # Wrong arguments: no rank waits.
 
 
@@ -839,6 +851,14 @@ WRONG = {
     "weight-elsewhere": (lambda given: {"weight": given["weight"].to("meta")}, r"weight must hold data"),
     "target-elsewhere": (lambda given: {"target": given["target"].to("meta")}, r"target must hold data"),
     "chunk-bytes-true": (lambda given: {"chunk_bytes": True}, r"chunk_bytes.*True"),
+    "label-tokens": (lambda given: {"label_tokens": 3}, r"label_tokens.*number of labelled tokens, 4, got 3"),
+    "label-tokens-many": (lambda given: {"label_tokens": 6}, r"label_tokens.*0 to 5.*6"),
+    "label-tokens-text": (lambda given: {"label_tokens": "4"}, r"label_tokens.*'4'"),
+    "label-tokens-true": (lambda given: {"label_tokens": True}, r"label_tokens.*True"),
+    "label-tokens-soft": (
+        lambda given: {"target": torch.full((5, len(given["weight"])), 1 / 12), "label_tokens": 5},
+        r"label_tokens.*probabilities",
+    ),
     "prior-with-gradient": (
         lambda given: {"smoothing_prior": torch.full((len(given["weight"]),), 1 / 12, requires_grad=True)},
         r"smoothing_prior gets no gradient.*detach",

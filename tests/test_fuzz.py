@@ -170,6 +170,7 @@ options = st.fixed_dictionaries(
         "smoothing_prior": st.none() | SIZES.map(lambda size: torch.full((size,), 1 / max(size, 1))),
     },
 )
+linear_options = st.fixed_dictionaries({}, optional={"label_tokens": numbers | SIZES, "chunk_bytes": numbers | SIZES})
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64]
 
 
@@ -183,16 +184,16 @@ shards = st.none() | st.builds(lambda stop, size: (0, stop, size), SIZES, SIZES)
 
 
 @FUZZED
-@given(tensors(), tensors(), tensors(), shards, options, st.sampled_from(["logits", "linear"]))
-def test_arguments_of_the_loss(first, weight, target, bounds, given_options, head):
+@given(tensors(), tensors(), tensors(), shards, options, st.none() | linear_options)
+def test_arguments_of_the_loss(first, weight, target, bounds, given_options, linear):
     """A loss, or a `ValueError` that says what was expected and what came; never an error from inside."""
     count("arguments of the loss")
     try:
         shard = None if bounds is None else VocabShard(*bounds)
-        if head == "logits":
+        if linear is None:
             loss = vocab_parallel_cross_entropy(first, target, shard, **given_options)
         else:
-            loss = vocab_parallel_linear_cross_entropy(first, weight, target, shard, **given_options)
+            loss = vocab_parallel_linear_cross_entropy(first, weight, target, shard, **given_options, **linear)
     except ValueError as fault:
         assert str(fault)
         return

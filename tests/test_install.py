@@ -128,6 +128,22 @@ def test_training_is_smoothed_and_evaluation_is_not():
                 torch.testing.assert_close(model(**inputs).loss, truth, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("head", ["fused", "sharded", "dense"])
+def test_a_forward_may_be_told_how_many_labels_there_are(head):
+    class Strict(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask, labels):  # and nothing else, as code of one's own may be
+            return super().forward(input_ids, attention_mask, labels=labels)
+
+    model, labelled = model_of().train(), int((batch()["labels"][:, 1:] != -100).sum())
+    model.__class__ = Strict
+    with install_smoothed_loss(model, head=head):
+        loss = model(**batch()).loss
+        assert torch.equal(model(**batch(), label_tokens=labelled).loss, loss)
+        if head == "fused":
+            with pytest.raises(ValueError, match=f"label_tokens.*{labelled}, got {labelled - 1}"):
+                model(**batch(), label_tokens=labelled - 1)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_no_logits_are_made(training):
     """The vocabulary's width is that of one chunk's rows only, and prompt tokens are in no chunk."""

@@ -16,7 +16,9 @@ from ranks import Allocations, Ranks
 from test_fused_equiv import NAMES, assert_equals_plain, fused
 from test_sharded_equiv import assert_equals_dense, my_shard, sharded, upstream_for
 
-from smoothing import passes, passes_torch, vocab_parallel_cross_entropy
+from smoothing import VocabShard, passes, passes_torch, products, vocab_parallel_cross_entropy
+from smoothing.call import LossCall
+from smoothing.options import LossOptions
 
 # not imported here: Triton reads TRITON_INTERPRET when it is imported, and the ranks import this file
 if importlib.util.find_spec("triton") is None:
@@ -119,6 +121,39 @@ def test_several_blocks_any_stride_and_no_copy(dtype, inplace):
         start, stop = case.bounds[rank]
         logits_bytes = 4 * 5 * (stop - start)  # in fp32, as the gradient is for the interpreter's sake
         assert largest <= logits_bytes / 5 if inplace and dtype == torch.float32 else largest == logits_bytes
+
+
+def rounded_in_place(width: int, dtype) -> list[torch.Tensor]:
+    """A gradient elsewhere; then by kernels and torch in the front of its logits' memory, and what lies behind."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from smoothing import passes_triton
+
+    case = build(1, tokens=5, vocab=9000, pad=width - 9000, label_smoothing=0.1)
+    case.target[[1, 3]] = -100
+    _, target, options = case.share(0, torch.float32)
+    logits, shard = case.logits.float(), VocabShard(0, width, 9000)
+    call = LossCall(target, shard, LossOptions(**options), None, torch.float32, torch.float32)
+    combined = call.combine_all(passes_torch.statistics(logits, target, call))
+    numbers = (combined.maximum, call.softmax_scale(combined, combined.maximum), torch.linspace(0.5, 1, 5))
+
+    def gradient(module, tile, out):
+        return module.gradient(tile, target, call, *numbers, out)
+
+    results = [gradient(passes_triton, logits, torch.empty_like(logits, dtype=dtype))]
+    for module in (passes_triton, passes_torch):
+        memory = torch.cat([logits, torch.full((5, 7), 3.0)], 1)
+        tile = memory[:, :width]
+        results += [gradient(module, tile, products.narrowed(tile, dtype)), memory[:, width:]]
+    return results
+
+
+@pytest.mark.parametrize("width", [9000, 9001, 20_000])
+def test_a_gradient_rounded_in_its_logits_memory(width):
+    with Ranks(1) as ranks:
+        ((elsewhere, kernels, behind_it, operations, behind),) = ranks.run(rounded_in_place, width, torch.float16)
+    assert torch.equal(kernels, elsewhere) and elsewhere.any(1).tolist() == [True, False, True, False, True]
+    torch.testing.assert_close(operations, elsewhere, rtol=1e-3, atol=1e-7)
+    assert (behind_it == 3).all() and (behind == 3).all()
 
 
 def scaled(count: int, factor: float, dtype):

@@ -69,6 +69,7 @@ def compiled(kernel, variant: Variant):
         "SMOOTHED": variant.smoothed,
         "UNIFORM": variant.uniform,
         "WITH_FIELD": variant.field,
+        "NARROWED": variant.logits == "fp32" and variant.out != "fp32",
         "BLOCK": passes_triton.BLOCK,
         "column_stride": 1,
         "out_column_stride": 1,
@@ -116,6 +117,8 @@ def test_machine_code(variant, name, tmp_path):
     assert ("ld.global.v4.b32" in moved) == variant.aligned, moved
     if name == "_gradient_kernel":
         assert ("st.global.v4.b32" in moved) == variant.aligned, moved
+        # where it may write what other threads have still to read, they wait for one another
+        assert ("bar.sync" in ptx) == (variant.logits != variant.out)
     if not variant.capped:  # a tanh is more than a pass can hide
         assert longest_loop(code) <= ALLOWED[name] * passes_triton.BLOCK // THREADS
 

@@ -81,4 +81,5 @@ def test_what_reaches_the_model(monkeypatch, unseen):
     monkeypatch.setattr(Trainer, "_prepare_inputs", lambda _, inputs: inputs)
     trainer = object.__new__(SftTrainer)
     trainer.model, trainer._padding_is_unseen = SimpleNamespace(training=False), unseen
-    assert ("attention_mask" in trainer._prepare_inputs({"attention_mask": torch.ones(1), "where": []})) != unseen
+    inputs = trainer._prepare_inputs({"attention_mask": torch.ones(1), "label_tokens": 7, "where": []})
+    assert inputs.keys() == {"label_tokens"} | (set() if unseen else {"attention_mask"})

@@ -12,13 +12,15 @@ from launch.data.rows import IGNORED
 class PadToLongest:
     """Pads on the right to the longest row, rounded up to a multiple; columns [rows, length], int64, and `where`.
 
+    `label_tokens`: how many positions predict a label, which is the next position's; counted here, so that no device
+    has to be asked.
     Raises ValueError for no rows, or a row whose labels are not as long as its input_ids.
     """
 
     pad_token_id: int
     multiple_of: int = 8
 
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor | int | list[str]]:
         if not rows:
             raise ValueError("expected at least one row, got none")
         lengths = [len(row["input_ids"]) for row in rows]
@@ -33,4 +35,10 @@ class PadToLongest:
             labels[index, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
             attention_mask[index, :length] = 1
         where = [row.get("where", "") for row in rows]
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "where": where}
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "label_tokens": int((labels[:, 1:] != IGNORED).sum()),
+            "where": where,
+        }
