@@ -16,7 +16,7 @@ from smoothing import agreement
 from smoothing.agreement import Header, Meeting
 from smoothing.options import LossOptions
 from smoothing.shard import VocabShard
-from smoothing.shard_statistics import Combined, ShardStatistics, combine
+from smoothing.shard_statistics import Combined, ShardStatistics
 
 HEADERS_KEPT = 64
 _headers: dict[tuple[Header, torch.device], Tensor] = {}
@@ -71,13 +71,13 @@ class LossCall:
         owned = (column >= 0) & (column < self.shard.real_size) & (target_n != self.options.ignore_index)
         return owned, torch.where(owned, column, 0)
 
-    def softmax_scale(self, combined: Combined, base_T: Tensor) -> Tensor:
-        """What `exp(z - base)` is multiplied by to give ∂loss/∂lse · softmax, for these tokens."""
+    def softmax_scale(self, combined: Combined) -> Tensor:
+        """What `exp(z - maximum)` is multiplied by to give ∂loss/∂lse · softmax, for these tokens."""
         epsilon, z_loss = self.options.label_smoothing, self.options.z_loss
         lse_gradient_T = (1 - epsilon) * combined.label_mass + epsilon
         if z_loss > 0:
             lse_gradient_T = lse_gradient_T + 2 * z_loss * (combined.maximum + combined.log_sum_exp)
-        return lse_gradient_T * (base_T - combined.maximum - combined.log_sum_exp).exp()
+        return lse_gradient_T * (-combined.log_sum_exp).exp()
 
     def meet(self) -> Callable[[], Meeting]:
         """Begin to find out whether all ranks can compute this loss; calling what is returned ends that.
@@ -139,34 +139,19 @@ class LossCall:
         """`[T]`: labels that no vocabulary entry answers to."""
         return self.valid_T & ((self.target < 0) | (self.target >= self.shard.vocab_size))
 
-    def combine_all(self, own: ShardStatistics) -> Combined:
-        """All ranks' statistics added up. Collectives: one all-gather; none with one rank."""
+    def gather(self, own: ShardStatistics) -> tuple[Tensor, Tensor | None]:
+        """All ranks' statistics `[R, F, T]` and headers `[R, 9]`; None for those of one rank.
+
+        Collectives: one all-gather; none with one rank.
+        """
         if self.shard.world_size == 1:
             self.check_alone()
-            return self.combine(own.stack().unsqueeze(0), None)
+            return own.stack().unsqueeze(0), None
         header_H = self.header()
         agreement.meet_once(header_H, self.shard)
         stats_RFT, headers_RH = agreement.exchange(own.stack(), header_H, self.shard)
         agreement.check(headers_RH, self.shard.rank)
-        return self.combine(stats_RFT, headers_RH)
-
-    def combine(
-        self, stats_RFT: Tensor, headers_RH: Tensor | None, tokens=slice(None), with_prior: bool = True
-    ) -> Combined:
-        """All ranks' statistics of these tokens added up; `headers_RH` None for one rank."""
-        owner_T = None if self.soft else self._owner(self.target[tokens], headers_RH)
-        if headers_RH is None:
-            mass_R = stats_RFT.new_ones(1)
-        else:
-            mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64)
-        return combine(stats_RFT, owner_T, mass_R if with_prior else None)
-
-    def _owner(self, label_n: Tensor, headers_RH: Tensor | None) -> Tensor:
-        """The rank that holds each label."""
-        if headers_RH is None:
-            return torch.zeros_like(label_n)
-        starts_R = headers_RH[:, agreement.START].contiguous()
-        return torch.bucketize(label_n.clamp(0, self.shard.vocab_size - 1), starts_R, right=True) - 1
+        return stats_RFT, headers_RH
 
     def refuse_at_meeting(self, fault: Exception) -> NoReturn:
         """Raise `fault` as a `ValueError` here; the other ranks learn of it in `agreement.start_meeting`."""
@@ -176,7 +161,7 @@ class LossCall:
         raise _as_value_error(fault)
 
     def refuse_at_exchange(self, fault: Exception) -> NoReturn:
-        """Raise `fault` as a `ValueError` here; the other ranks learn of it in `combine_all`."""
+        """Raise `fault` as a `ValueError` here; the other ranks learn of it in `gather`."""
         if self.shard.world_size > 1:
             header_H = self.header(refused=True)
             with suppress(ValueError):

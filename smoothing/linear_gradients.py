@@ -81,12 +81,12 @@ class HeadGradients:
         if self.wanted.hidden and self.head.factored:
             products.hidden_gradient(tile.z_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
 
-    def add(self, tile: Tile, combined: Combined) -> None:
-        """Add a chunk's gradient, once what all ranks know of its tokens is known.
+    def add(self, tile: Tile, combined: Combined, scale_n: Tensor) -> None:
+        """Add a chunk's gradient, once what all ranks know of its tokens is known; `LossCall.softmax_scale` of it.
 
         Collectives: one all-reduce of [n, H] if the hidden gradient is wanted.
         """
-        (self._add_factored if self.head.factored else self._add_explicit)(tile, combined)
+        (self._add_factored if self.head.factored else self._add_explicit)(tile, combined, scale_n)
 
     def finish(self, mean_row_H: Tensor | None) -> list[Tensor | None]:
         """The sums `[N, H]`, `[S, H]` and `[S]` in the statistics' dtype, those that were wanted."""
@@ -101,9 +101,9 @@ class HeadGradients:
             sums = [total if total is None else total.mul_(self.unit) for total in sums]
         return sums
 
-    def _add_factored(self, tile: Tile, combined: Combined) -> None:
+    def _add_factored(self, tile: Tile, combined: Combined, scale_n: Tensor) -> None:
         exp_nK, weight_n = tile.z_nK, self.token_weight_N[tile.tokens]
-        scale_n1 = (self.call.softmax_scale(combined, tile.maximum_n) * weight_n).unsqueeze(1)
+        scale_n1 = (scale_n * (tile.maximum_n - combined.maximum).exp() * weight_n).unsqueeze(1)
         label_share = self.call.options.label_smoothing - 1
         owned_n, column_n = self.call.local_target(self.call.target[tile.tokens])
         owned, column = owned_n.nonzero().squeeze(1), column_n[owned_n]
@@ -121,9 +121,8 @@ class HeadGradients:
             self.bias_S[:real_size].addmv_(exp_nK.t(), scale_n1.squeeze(1))
             self.bias_S.index_add_(0, column, label_weight_1.squeeze(1))
 
-    def _add_explicit(self, tile: Tile, combined: Combined) -> None:
-        head, base_n = self.head, combined.maximum
-        scale_n, weight_n = self.call.softmax_scale(combined, base_n), self.token_weight_N[tile.tokens]
+    def _add_explicit(self, tile: Tile, combined: Combined, scale_n: Tensor) -> None:
+        head, base_n, weight_n = self.head, combined.maximum, self.token_weight_N[tile.tokens]
         # rounded in the logits' own memory; but a bias sums what is not rounded yet
         out_nK = tile.z_nK if self.wanted.bias else products.narrowed(tile.z_nK, head.gemm_dtype)
         target = self.call.target[tile.tokens]

@@ -191,10 +191,11 @@ class LinearHead:
         return combined._replace(prior=prior_N), mean_row_H, meeting
 
     def _finish(self, chunk: "_UnderWay", gradients: HeadGradients | None, meeting: Meeting) -> Combined:
-        stats_RFn, tile = chunk.statistics().unflatten(1, chunk.shape_Fn), chunk.tile
-        combined = self.call.combine(stats_RFn, meeting.headers_RH, tile.tokens, with_prior=not self.linear)
+        stats_RFn, target = chunk.statistics().unflatten(1, chunk.shape_Fn), self.call.target[chunk.tile.tokens]
+        options = {"with_prior": not self.linear}
+        combined, scale_n, _ = self.passes.combine(stats_RFn, meeting.headers_RH, target, self.call, **options)
         if gradients is not None:
-            gradients.add(tile, combined)
+            gradients.add(chunk.tile, combined, scale_n)
         return combined
 
     def _joined(self, parts: list[Combined]) -> Combined:
@@ -213,7 +214,7 @@ class LinearHead:
                 z_nK.sub_(own.maximum.unsqueeze(1)).exp_()
             tile = Tile(tokens, z_nK, own.maximum)
             gradients.start(tile)
-            gradients.add(tile, own)
+            gradients.add(tile, own, self.call.softmax_scale(own))
 
 
 class _UnderWay(NamedTuple):

@@ -12,7 +12,6 @@ from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, re
 from smoothing.options import LossOptions
 from smoothing.passes import passes
 from smoothing.shard import VocabShard
-from smoothing.shard_statistics import token_loss
 
 
 def vocab_parallel_cross_entropy(
@@ -90,12 +89,10 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_TS: Tensor, call: LossCall, inplace_backward: bool, return_stats: bool):
-        own = passes(logits_TS.device, call).statistics(logits_TS, call.target, call)
-        combined = call.combine_all(own)
-        loss_T = token_loss(combined, call.options.label_smoothing, call.options.z_loss)
-        loss_T = loss_T.masked_fill(~call.valid_T, 0.0)
+        made_by = passes(logits_TS.device, call)
+        own = made_by.statistics(logits_TS, call.target, call)
+        combined, scale_T, loss_T = made_by.combine(*call.gather(own), call.target, call)
         ctx.call, ctx.inplace_backward = call, inplace_backward
-        scale_T = call.softmax_scale(combined, combined.maximum)
         # target and prior are saved only so that changing them is noticed
         ctx.save_for_backward(logits_TS, combined.maximum, scale_T, call.target, call.prior)
         if not return_stats:

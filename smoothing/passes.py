@@ -1,7 +1,7 @@
 """The passes over a shard's logits, and which code makes them: Triton kernels or torch operations.
 
-Both modules have `statistics` (one read), `gradient` (one read, one write) and, for a gradient that is there already,
-`scale`, with the same arguments.
+Both modules have `statistics` (one read), `gradient` (one read, one write), between them `combine` (a few numbers a
+token, of all ranks) and, for a gradient that is there already, `scale`, with the same arguments.
 """
 
 import logging

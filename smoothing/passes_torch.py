@@ -1,4 +1,4 @@
-"""The two passes over a shard's logits as torch operations, on a few rows at a time.
+"""The two passes over a shard's logits, and what is between them, as torch operations on a few rows at a time.
 
 Legend: T tokens, S columns of this rank (padding included), K real ones, n rows of a chunk.
 """
@@ -6,8 +6,9 @@ Legend: T tokens, S columns of this rank (padding included), K real ones, n rows
 import torch
 from torch import Tensor
 
+from smoothing import agreement
 from smoothing.call import LossCall
-from smoothing.shard_statistics import ShardStatistics
+from smoothing.shard_statistics import Combined, ShardStatistics, add_up, token_loss
 
 # Rows are looked at in chunks, in the statistics' dtype. On the CPU a chunk stays in cache; on a device it only has
 # to be small beside the logits and large beside a launch.
@@ -45,6 +46,28 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
             prior_T[chunk] = z_nK.sum(1) / call.shard.vocab_size if uniform else weighted_sum(call.prior, z_nK)
         sum_exp_T[chunk] = z_nK.exp_().sum(1)
     return ShardStatistics(maximum_T, sum_exp_T, label_T, prior_T, label_mass_T)
+
+
+def combine(
+    stats_RFT: Tensor, headers_RH: Tensor | None, target: Tensor, call: LossCall, with_prior: bool = True
+) -> tuple[Combined, Tensor, Tensor | None]:
+    """All ranks' statistics added up, `call.softmax_scale` of them, and the losses, 0 where there is no label.
+
+    `headers_RH`: the ranks' headers, None for one rank. `with_prior=False`: the statistics have no Σ u_v z_v, and no
+    loss is known yet.
+    """
+    owner_T = None if call.soft else _owner(target, headers_RH, call.shard.vocab_size)
+    if headers_RH is None:
+        mass_R = stats_RFT.new_ones(1)
+    else:
+        mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64)
+    combined = add_up(stats_RFT, owner_T, mass_R if with_prior else None)
+    loss_T = None
+    if with_prior:
+        loss_T = token_loss(combined, call.options.label_smoothing, call.options.z_loss)
+        if not call.soft:
+            loss_T = loss_T.masked_fill(target == call.options.ignore_index, 0.0)
+    return combined, call.softmax_scale(combined), loss_T
 
 
 def gradient(
@@ -99,6 +122,14 @@ def finite_or_zero(maximum_n: Tensor) -> Tensor:
 def weighted_sum(weight: Tensor, z_nK: Tensor) -> Tensor:
     """`Σ_v w_v z_v`, where 0·(-inf) is a column that the weight leaves out, not a NaN."""
     return torch.where(weight != 0, weight * z_nK, 0.0).sum(1)
+
+
+def _owner(label_n: Tensor, headers_RH: Tensor | None, vocab_size: int) -> Tensor:
+    """The rank that holds each label."""
+    if headers_RH is None:
+        return torch.zeros_like(label_n)
+    starts_R = headers_RH[:, agreement.START].contiguous()
+    return torch.bucketize(label_n.clamp(0, vocab_size - 1), starts_R, right=True) - 1
 
 
 def _capped(logits_TS: Tensor, chunk, call: LossCall) -> Tensor:

@@ -1,5 +1,7 @@
 """The two passes over a shard's logits as Triton kernels: one read for statistics, one read and write for gradients.
 
+What is between them, a few numbers a token, is one kernel more: dozens of launches would take as long as a pass.
+
 Whatever floating dtype and strides the logits have, arithmetic is fp32 and no fp32 copy is made. Rows without a label
 are not read, padding columns neither. `passes` says when these run, `passes_torch` what they compute. With
 `TRITON_INTERPRET=1` they run on the CPU, slowly.
@@ -14,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from smoothing import agreement
 from smoothing.call import LossCall
 from smoothing.passes import interpreted
-from smoothing.shard_statistics import ShardStatistics
+from smoothing.shard_statistics import Combined, ShardStatistics
 
 BLOCK = 4096  # columns of a row looked at together
 SCALED = 16384  # elements of a gradient that a program scales
+COMBINED = 128  # tokens whose statistics a program adds up
 INTERPRETED = tl.constexpr(interpreted())
 COMPILER_OPTIONS = {
     "enable_fp_fusion": True
@@ -57,6 +61,40 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
                 **COMPILER_OPTIONS,
             )
     return ShardStatistics(*stats_FT.unbind(), *([] if with_prior else [None]))
+
+
+def combine(
+    stats_RFT: Tensor, headers_RH: Tensor | None, target: Tensor, call: LossCall, with_prior: bool = True
+) -> tuple[Combined, Tensor, Tensor | None]:
+    """All ranks' statistics added up, their softmax scale, and the losses. See `passes_torch`."""
+    count, options = len(target), call.options
+    rows_7T = torch.empty(7, count, dtype=torch.float32, device=stats_RFT.device)
+    if count:
+        header = headers_RH if headers_RH is not None else target  # any tensor will do, since none is read
+        with _current(stats_RFT):
+            _combine_kernel[(triton.cdiv(count, COMBINED),)](
+                stats_RFT,
+                *stats_RFT.stride()[:2],
+                header,
+                header.view(torch.float64),
+                target.contiguous(),
+                rows_7T,
+                count,
+                call.shard.vocab_size,
+                options.ignore_index,
+                1 - options.label_smoothing,
+                options.label_smoothing,
+                options.z_loss,
+                RANKS=len(stats_RFT),
+                HEADER=agreement.HEADER_FIELDS,
+                START=agreement.START,
+                MASS=agreement.PRIOR_MASS,
+                WITH_FIELD=with_prior,
+                BLOCK=COMBINED,
+                **COMPILER_OPTIONS,
+            )
+    *fields, scale_T, loss_T = rows_7T.unbind()
+    return Combined(*fields), scale_T, loss_T if with_prior else None
 
 
 def gradient(
@@ -253,6 +291,67 @@ def _statistics_kernel(
     tl.store(stats + 2 * count + row, label)
     if WITH_FIELD:
         tl.store(stats + 3 * count + row, weighted)
+
+
+@triton.jit(do_not_specialize=["count", "vocab_size", "ignore_index"])
+def _combine_kernel(
+    stats,
+    rank_stride,
+    field_stride,
+    headers,
+    header_floats,
+    targets,
+    rows,
+    count,
+    vocab_size,
+    ignore_index,
+    label_share,
+    smoothing,
+    z_loss,
+    RANKS: tl.constexpr,
+    HEADER: tl.constexpr,
+    START: tl.constexpr,
+    MASS: tl.constexpr,
+    WITH_FIELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a block of tokens, which looks at the ranks twice: the largest maximum must be known first."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < count
+    target = tl.load(targets + token, mask=inside, other=ignore_index)
+    inside_vocabulary = tl.minimum(tl.maximum(target, 0), vocab_size - 1)
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
+    for rank in range(RANKS):
+        maximum = tl.maximum(maximum, tl.load(stats + rank * rank_stride + token, mask=inside, other=0.0))
+    sum_exp, label, prior = (tl.zeros([BLOCK], tl.float32) for _ in range(3))
+    for rank in range(RANKS):
+        own = stats + rank * rank_stride + token
+        shift = tl.load(own, mask=inside, other=0.0) - maximum
+        sum_exp += tl.load(own + field_stride, mask=inside, other=1.0) * tl.exp(shift)
+        start, mass = 0, 1.0
+        if RANKS > 1:
+            start = tl.load(headers + rank * HEADER + START)
+            mass = tl.load(header_floats + rank * HEADER + MASS).to(tl.float32)
+        # of the ranks that start at the label or before, the last one holds it
+        label = tl.where(start <= inside_vocabulary, tl.load(own + 2 * field_stride, mask=inside) + shift, label)
+        if WITH_FIELD:
+            # a shard without mass may have a shift of -inf: 0·inf is not 0
+            moved = tl.where(mass != 0, mass * shift, 0.0)
+            prior += tl.load(own + 3 * field_stride, mask=inside, other=0.0) + moved
+    log_sum_exp = tl.log(sum_exp)
+    lse = maximum + log_sum_exp
+    loss = log_sum_exp - tl.where(label_share > 0, label_share * label, 0.0)
+    loss -= tl.where(smoothing > 0, smoothing * prior, 0.0)
+    loss += tl.where(z_loss > 0, z_loss * lse * lse, 0.0)
+    scale = tl.where(z_loss > 0, 1.0 + 2.0 * z_loss * lse, 1.0) / sum_exp
+    row = rows + token
+    tl.store(row, maximum, mask=inside)
+    tl.store(row + count, log_sum_exp, mask=inside)
+    tl.store(row + 2 * count, label, mask=inside)
+    tl.store(row + 3 * count, prior, mask=inside)
+    tl.store(row + 4 * count, tl.full([BLOCK], 1.0, tl.float32), mask=inside)
+    tl.store(row + 5 * count, scale, mask=inside)
+    tl.store(row + 6 * count, tl.where(target != ignore_index, loss, 0.0), mask=inside)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ class Combined(NamedTuple):
     label_mass: Tensor  # Σ p_v, 1 for a hard label
 
 
-def combine(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor | None) -> Combined:
+def add_up(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor | None) -> Combined:
     """All ranks' statistics as one, in the same order everywhere, hence to the same bits.
 
         M = max m_r      lse - M = log Σ s_r·exp(m_r - M)      Σ u_v (z_v - M) = Σ_r c_r + U_r·(m_r - M)

@@ -97,7 +97,7 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[Seen]:
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setitem(passes._found, "cuda", True)
     patch.setattr(call, "_headers", {})
-    for name in ("_statistics_kernel", "_gradient_kernel", "_scale_kernel"):
+    for name in ("_statistics_kernel", "_combine_kernel", "_gradient_kernel", "_scale_kernel"):
         patch.setattr(passes_triton, name, _Kernel(name.strip("_"), seen))
     with FakeTensorMode(), seen:
         yield seen

@@ -133,8 +133,10 @@ def rounded_in_place(width: int, dtype) -> list[torch.Tensor]:
     _, target, options = case.share(0, torch.float32)
     logits, shard = case.logits.float(), VocabShard(0, width, 9000)
     call = LossCall(target, shard, LossOptions(**options), None, torch.float32, torch.float32)
-    combined = call.combine_all(passes_torch.statistics(logits, target, call))
-    numbers = (combined.maximum, call.softmax_scale(combined, combined.maximum), torch.linspace(0.5, 1, 5))
+    combined, scale, _ = passes_torch.combine(
+        *call.gather(passes_torch.statistics(logits, target, call)), target, call
+    )
+    numbers = (combined.maximum, scale, torch.linspace(0.5, 1, 5))
 
     def gradient(module, tile, out):
         return module.gradient(tile, target, call, *numbers, out)
