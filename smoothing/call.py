@@ -137,7 +137,7 @@ class LossCall:
 
     def targets_outside(self) -> Tensor:
         """`[T]`: labels that no vocabulary entry answers to."""
-        return self.valid_T & ((self.target < 0) | (self.target >= self.shard.vocab_size))
+        return self.valid_T & (self.target.clamp(0, self.shard.vocab_size - 1) != self.target)
 
     def gather(self, own: ShardStatistics) -> tuple[Tensor, Tensor | None]:
         """All ranks' statistics `[R, F, T]` and headers `[R, 9]`; None for those of one rank.
@@ -182,16 +182,15 @@ class LossCall:
         zeroed = [x.masked_fill(~valid_T, 0.0).view(shape) for x in (nll_T, lse_T, confidence_T)]
         return TokenStats(*zeroed, correct=correct_T, valid=valid_T.view(shape))
 
-    def reduce(self, loss_T: Tensor, shape: torch.Size, num_items_in_batch) -> Tensor:
-        """`none`: the target's shape. `sum`. `mean`: over labelled tokens, or `num_items_in_batch`; 0.0 for none."""
-        if self.options.reduction == "none":
-            return loss_T.view(shape)
-        if self.options.reduction == "sum":
-            return loss_T.sum()
-        items = self.valid_T.sum() if num_items_in_batch is None else num_items_in_batch
+    def divisor(self, num_items_in_batch: int | Tensor | None, all_labelled: bool = False) -> Tensor:
+        """What a scalar reduction divides the sum of losses by, `[]`, at least 1: so that without labels it is 0."""
+        options = {"dtype": self.statistics_dtype, "device": self.target.device}
+        items = 1 if self.options.reduction == "sum" else num_items_in_batch
+        if items is None:
+            items = self.tokens if self.soft or all_labelled else self.valid_T.sum()
         if isinstance(items, Tensor):
-            return loss_T.sum() / items.reshape(()).to(loss_T.device, loss_T.dtype).clamp(min=1)
-        return loss_T.sum() / max(items, 1)
+            return items.reshape(()).to(**options).clamp(min=1)
+        return torch.full((), max(items, 1), **options)
 
 
 def _on_device(header: Header, device: torch.device) -> Tensor:

@@ -156,22 +156,20 @@ class _Job:
             hidden_NH = hidden_NH.masked_fill(~self.call.valid_T.unsqueeze(1), 0.0)
         return LinearHead.of(self.call, hidden_NH, weight_SH, bias_S, self.chunk_bytes)
 
-    def forward(self, *tensors: Tensor | None, token_weight_N: Tensor | None = None) -> "_Outcome":
-        """Loss and statistics; the gradients' sums too if tokens' weights are given."""
+    def forward(self, *tensors: Tensor | None, with_gradients: bool = False) -> "_Outcome":
+        """Loss and statistics; of a scalar loss, the gradients' sums too if asked for."""
         meeting = self.call.meet()
-        head = self.head(*tensors)
-        gradients = None
-        if token_weight_N is not None:
-            gradients = HeadGradients(head, self.call, self.wanted, self.mask(token_weight_N))
+        head, options = self.head(*tensors), self.call.options
+        scalar, gradients = options.reduction != "none", None
+        divisor = self.call.divisor(self.num_items_in_batch, all_labelled=not self.masked) if scalar else None
+        if with_gradients:
+            token_weight_N = self.mask((1 / divisor).expand(self.call.tokens))
+            gradients = HeadGradients(head, self.call, self.wanted, token_weight_N)
         combined, mean_row_H, meeting = head.forward(meeting, gradients)
-        options = self.call.options
         loss_N = token_loss(combined, options.label_smoothing, options.z_loss)
         if self.masked:
             loss_N = loss_N.masked_fill(~self.call.valid_T, 0.0)
-        if options.reduction == "none":
-            loss = self.scatter(loss_N, self.leading)
-        else:
-            loss = self.call.reduce(loss_N, self.leading, self.num_items_in_batch)
+        loss = loss_N.sum() / divisor if scalar else self.scatter(loss_N, self.leading)
         stats = ()
         if self.return_stats:
             compact = self.call.token_stats(combined, loss_N.shape)
@@ -192,16 +190,6 @@ class _Job:
         whole_T[self.rows_N] = compact_N
         return whole_T.view(shape)
 
-    def divisor(self) -> Tensor:
-        """What a scalar reduction divides the sum of losses by."""
-        options = {"dtype": self.call.statistics_dtype, "device": self.call.target.device}
-        items = 1 if self.call.options.reduction == "sum" else self.num_items_in_batch
-        if items is None:
-            items = self.call.valid_T.sum() if self.masked else self.call.tokens
-        return (
-            items.reshape(()).to(**options) if isinstance(items, Tensor) else torch.full((), items, **options)
-        ).clamp(min=1)
-
 
 @dataclass
 class _Outcome:
@@ -218,8 +206,7 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
-        token_weight_N = (1 / job.divisor()).expand(job.call.tokens)
-        outcome = job.forward(hidden_TH, weight_SH, bias_S, token_weight_N=token_weight_N)
+        outcome = job.forward(hidden_TH, weight_SH, bias_S, with_gradients=True)
         inputs = (hidden_TH, weight_SH, bias_S)
         ctx.gradients = []
         for index, given in enumerate(inputs):

@@ -53,8 +53,8 @@ def vocab_parallel_cross_entropy(
     leading = logits.shape[:-1]
     logits_TS = logits.reshape(leading.numel(), logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
-        loss_T, *stats = _LogitsLoss.apply(logits_TS, call, inplace_backward, return_stats)
-    loss = call.reduce(loss_T, leading, num_items_in_batch)
+        loss, *stats = _LogitsLoss.apply(logits_TS, call, num_items_in_batch, inplace_backward, return_stats)
+    loss = loss.view(leading) if reduction == "none" else loss
     return (loss, TokenStats(*(x.view(leading) if x is not None else None for x in stats))) if return_stats else loss
 
 
@@ -85,27 +85,33 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options) -> Tensor 
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """`logits_TS` → `loss_T` (and statistics). Saves the logits themselves and two numbers a token."""
+    """`logits_TS` → loss (and statistics). Saves the logits themselves and two numbers a token."""
 
     @staticmethod
-    def forward(ctx, logits_TS: Tensor, call: LossCall, inplace_backward: bool, return_stats: bool):
+    def forward(
+        ctx, logits_TS: Tensor, call: LossCall, num_items_in_batch, inplace_backward: bool, return_stats: bool
+    ):
         made_by = passes(logits_TS.device, call)
         own = made_by.statistics(logits_TS, call.target, call)
         combined, scale_T, loss_T = made_by.combine(*call.gather(own), call.target, call)
         ctx.call, ctx.inplace_backward = call, inplace_backward
+        ctx.divisor = None if call.options.reduction == "none" else call.divisor(num_items_in_batch)
+        loss = loss_T if ctx.divisor is None else loss_T.sum() / ctx.divisor
         # target and prior are saved only so that changing them is noticed
         ctx.save_for_backward(logits_TS, combined.maximum, scale_T, call.target, call.prior)
         if not return_stats:
-            return (loss_T,)
+            return (loss,)
         stats = call.token_stats(combined, loss_T.shape)
         ctx.mark_non_differentiable(*(x for x in stats if x is not None))
-        return loss_T, *stats
+        return loss, *stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_T: Tensor, *_):
+    def backward(ctx, upstream: Tensor, *_):
         logits_TS, maximum_T, scale_T, *_ = ctx.saved_tensors
         call = ctx.call
+        weight_T = upstream if ctx.divisor is None else (upstream / ctx.divisor).expand(call.tokens)
         out_TS = logits_TS.detach() if ctx.inplace_backward else torch.empty_like(logits_TS)
         compute = passes(logits_TS.device, call).gradient
-        return compute(logits_TS, call.target, call, maximum_T, scale_T, grad_T, out_TS), None, None, None
+        gradient = compute(logits_TS, call.target, call, maximum_T, scale_T, weight_T, out_TS)
+        return gradient, None, None, None, None

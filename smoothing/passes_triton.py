@@ -121,7 +121,8 @@ def gradient(
             _prior(call, logits_TS),
             base_T,
             scale_T,
-            weight_T.contiguous(),  # an upstream gradient may be one number, expanded
+            weight_T,
+            weight_T.stride(0),  # 0 where it is one number, expanded
             call.shard.start,
             call.shard.real_size,
             width,
@@ -323,7 +324,8 @@ def _combine_kernel(
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     for rank in range(RANKS):
         maximum = tl.maximum(maximum, tl.load(stats + rank * rank_stride + token, mask=inside, other=0.0))
-    sum_exp, label, prior = (tl.zeros([BLOCK], tl.float32) for _ in range(3))
+    nothing = tl.zeros([BLOCK], tl.float32)
+    sum_exp, label, prior = nothing, nothing, nothing
     for rank in range(RANKS):
         own = stats + rank * rank_stride + token
         shift = tl.load(own, mask=inside, other=0.0) - maximum
@@ -340,10 +342,11 @@ def _combine_kernel(
             prior += tl.load(own + 3 * field_stride, mask=inside, other=0.0) + moved
     log_sum_exp = tl.log(sum_exp)
     lse = maximum + log_sum_exp
+    # of what has no share, -inf is left out too
     loss = log_sum_exp - tl.where(label_share > 0, label_share * label, 0.0)
     loss -= tl.where(smoothing > 0, smoothing * prior, 0.0)
-    loss += tl.where(z_loss > 0, z_loss * lse * lse, 0.0)
-    scale = tl.where(z_loss > 0, 1.0 + 2.0 * z_loss * lse, 1.0) / sum_exp
+    loss += z_loss * lse * lse
+    scale = (1.0 + 2.0 * z_loss * lse) / sum_exp
     row = rows + token
     tl.store(row, maximum, mask=inside)
     tl.store(row + count, log_sum_exp, mask=inside)
@@ -402,7 +405,7 @@ def _write_block(
         tl.store(place, gradient.to(row_out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["start", "ignore_index"])
+@triton.jit(do_not_specialize=["start", "ignore_index", "weight_stride"])
 def _gradient_kernel(
     logits,
     row_stride,
@@ -415,6 +418,7 @@ def _gradient_kernel(
     bases,
     scales,
     weights,
+    weight_stride,
     start,
     real_size,
     width,
@@ -439,7 +443,7 @@ def _gradient_kernel(
             tl.store(place, tl.zeros([BLOCK], dtype=out.dtype.element_ty), mask=column < width)
     else:
         at = (target - start).to(tl.int32)
-        base, scale, weight = tl.load(bases + row), tl.load(scales + row), tl.load(weights + row)
+        base, scale, weight = tl.load(bases + row), tl.load(scales + row), tl.load(weights + row * weight_stride)
         whole = real_size // BLOCK * BLOCK
         for first in range(0, whole, BLOCK):
             _write_block(

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from smoothing import call, passes, passes_triton
 
 aten = torch.ops.aten
+WITHOUT_A_KERNEL = {"empty", "empty_like", "new_empty", "lift_fresh", "promote_types", "reshape_alias"}
 
 
 class Seen(TorchDispatchMode):
@@ -28,7 +29,7 @@ class Seen(TorchDispatchMode):
         super().__init__()
         self.labelled = labelled
         self.waits: list[str] = []  # any other value that the host asks for is an error of FakeTensorMode's
-        self.launches, self.collectives = Counter(), Counter()
+        self.launches, self.operations, self.collectives = Counter(), Counter(), Counter()
         self.bytes = self.most_bytes = 0
         self._alive: set[int] = set()
 
@@ -43,8 +44,11 @@ class Seen(TorchDispatchMode):
             source = args[1] if operation is aten.copy_.default else args[0]
             if source.device != result.device:
                 self.waits.append(f"copy from {source.device.type} to {result.device.type}")
+        name = operation.__name__.partition(".")[0].strip("_")
         if operation.namespace == "c10d":
-            self.collectives[operation.__name__.partition(".")[0].strip("_")] += 1
+            self.collectives[name] += 1
+        elif not (operation.is_view or operation.namespace == "prim" or name in WITHOUT_A_KERNEL):
+            self.operations[name] += 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
                 self._hold(tensor.untyped_storage())
@@ -63,7 +67,7 @@ class Seen(TorchDispatchMode):
 
     def forget(self) -> None:
         """Start anew; what is alive now was there before."""
-        self.waits, self.launches, self.collectives = [], Counter(), Counter()
+        self.waits, self.launches, self.operations, self.collectives = [], Counter(), Counter(), Counter()
         self.bytes = self.most_bytes = 0
 
 

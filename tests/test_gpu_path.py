@@ -135,6 +135,8 @@ def test_the_sharded_head_waits_for_nothing(gpu, shard):
     assert gradient.shape == logits.shape and gradient.dtype == logits.dtype
     assert gpu.waits == []
     assert gpu.launches == {"statistics_kernel": 1, "combine_kernel": 1, "gradient_kernel": 1}
+    # torch's own, beside the kernels: each takes longer to launch than to do, and a rank's pass takes a tenth of a ms
+    assert gpu.operations.total() <= {1: 16, 8: 44}[shard.world_size]
     assert gpu.most_bytes <= gradient.nbytes + 2 * MIB  # the gradient, and some numbers a token
 
 

@@ -35,32 +35,36 @@ def interpreter():
     os.environ["TRITON_INTERPRET"] = "1"
     from smoothing import passes_triton
 
-    plain, ran = (passes_triton.statistics, passes_triton.gradient), set()
+    plain, ran = (passes_triton.statistics, passes_triton.combine, passes_triton.gradient), set()
 
     def statistics(*args, **kwargs):
         ran.add("statistics")
         return plain[0](*args, **kwargs)
 
+    def combine(*args, **kwargs):
+        ran.add("combine")
+        return plain[1](*args, **kwargs)
+
     def gradient(*args, **kwargs):
         ran.add("gradient")
         *rest, out = args
         if out.dtype != torch.bfloat16:
-            return plain[1](*args, **kwargs)
+            return plain[2](*args, **kwargs)
         # the interpreter cuts bf16 off where a device rounds to nearest
-        return out.copy_(plain[1](*rest, torch.empty_like(out, dtype=torch.float32), **kwargs))
+        return out.copy_(plain[2](*rest, torch.empty_like(out, dtype=torch.float32), **kwargs))
 
     try:
-        passes_triton.statistics, passes_triton.gradient = statistics, gradient
+        passes_triton.statistics, passes_triton.combine, passes_triton.gradient = statistics, combine, gradient
         yield ran
     finally:
-        passes_triton.statistics, passes_triton.gradient = plain
+        passes_triton.statistics, passes_triton.combine, passes_triton.gradient = plain
         del os.environ["TRITON_INTERPRET"]
 
 
 def interpreted(function, *args, **kwargs):
     with interpreter() as ran:
         result = function(*args, **kwargs)
-    assert ran == {"statistics", "gradient"} or not result["grad" if "grad" in result else "hidden"].any()
+    assert ran == {"statistics", "combine", "gradient"} or not result["grad" if "grad" in result else "hidden"].any()
     return result
 
 

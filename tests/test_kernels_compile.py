@@ -21,12 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smoothing import passes_triton
+from smoothing import agreement, passes_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 THREADS = 128  # four warps, Triton's default
-POINTERS = {"targets": "*i64"} | dict.fromkeys(("priors", "stats", "bases", "scales", "weights", "factor"), "*fp32")
-FLOATS = {"uniform", "cap", "label_share", "prior_share"}
+POINTERS = {"targets": "*i64", "headers": "*i64", "header_floats": "*fp64"}
+POINTERS |= dict.fromkeys(("priors", "stats", "bases", "scales", "weights", "factor", "rows"), "*fp32")
+FLOATS = {"uniform", "cap", "label_share", "prior_share", "smoothing", "z_loss"}
 # An H100 has 132 units that issue 128 instructions in each of 1.7e9 cycles a second. At 3e12 bytes a second that
 # makes 19 for an element of bf16 that is read, and 38 for one that is read and written.
 ALLOWED = {"_statistics_kernel": 19, "_gradient_kernel": 38}
@@ -63,17 +64,20 @@ def variant(request) -> Variant:
     return request.param
 
 
-def compiled(kernel, variant: Variant):
+def compiled(kernel, variant: Variant, **more):
     constants = {
         "CAPPED": variant.capped,
         "SMOOTHED": variant.smoothed,
         "UNIFORM": variant.uniform,
         "WITH_FIELD": variant.field,
         "NARROWED": variant.logits == "fp32" and variant.out != "fp32",
-        "BLOCK": passes_triton.BLOCK,
+        "BLOCK": passes_triton.COMBINED if kernel is passes_triton._combine_kernel else passes_triton.BLOCK,
+        "HEADER": agreement.HEADER_FIELDS,
+        "START": agreement.START,
+        "MASS": agreement.PRIOR_MASS,
         "column_stride": 1,
         "out_column_stride": 1,
-    }
+    } | more
     types = POINTERS | dict.fromkeys(FLOATS, "fp32") | {"logits": f"*{variant.logits}", "out": f"*{variant.out}"}
     types["gradient"] = types["out"]
     names = list(inspect.signature(kernel.fn).parameters)
@@ -121,6 +125,14 @@ def test_machine_code(variant, name, tmp_path):
         assert ("bar.sync" in ptx) == (variant.logits != variant.out)
     if not variant.capped:  # a tanh is more than a pass can hide
         assert longest_loop(code) <= ALLOWED[name] * passes_triton.BLOCK // THREADS
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_what_adds_statistics_up(ranks, tmp_path):
+    binary = compiled(passes_triton._combine_kernel, Variant(), RANKS=ranks)
+    code = instructions(binary.asm["cubin"], tmp_path)
+    assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
+    assert (".f64" in binary.asm["ptx"]) == (ranks > 1)  # the masses of the ranks' shards travel so
 
 
 def test_what_scales_a_gradient(tmp_path):
