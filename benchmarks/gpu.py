@@ -43,7 +43,7 @@ def check(contender: Contender, loss: Loss, sizes: Sizes, device: str) -> str:
     """
     tokens = min(sizes.tokens, 64)
     given = Given.make(replace(sizes, tokens=tokens), device, seed=1)
-    given.chunk_bytes = 6 * sizes.vocab * math.ceil(tokens / 3)
+    given.chunk_bytes = 4 * sizes.vocab * math.ceil(tokens / 3)
     epsilon = SMOOTHING if contender.smooths else 0.0
 
     def plain(dtype) -> list[Tensor]:

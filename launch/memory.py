@@ -69,6 +69,9 @@ def _head(setup: Setup, bytes_: int) -> float:
         return setup.tokens * setup.vocab * (bytes_ + 3 * 4)
     if setup.head == "sharded":
         return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * bytes_
-    # the chunks' logits, and the weight's gradient summed in fp32
     weight = setup.vocab // setup.tensor_parallel * setup.hidden * 4
-    return (setup.chunk_bytes or default_chunk_bytes(weight, setup.device)) + (weight if setup.low_precision else 0.0)
+    chunks = setup.chunk_bytes or default_chunk_bytes(weight, setup.device)
+    if not setup.low_precision:
+        return chunks
+    # its gradient summed in fp32; and chunks, for which there is the room that the rounded gradient takes afterwards
+    return weight + max(0.0, chunks - weight / 2)

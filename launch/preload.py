@@ -40,6 +40,8 @@ def load_weights_only() -> None:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+    # by its value; some Pythons (3.11.2, which is Debian 12's) write a call of getattr, which would not be read
+    ZeroStageEnum.__reduce_ex__ = lambda member, protocol: (type(member), (member.value,))
 
 
 def keep_quiet() -> None:

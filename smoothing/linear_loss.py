@@ -4,6 +4,7 @@ Legend: T tokens, N of them labelled, S rows of this rank's weight (padding incl
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def vocab_parallel_linear_cross_entropy(
     gradient, C all-reduces of n·H numbers (in backward with `reduction="none"`).
     On a device the host waits once, to count the labelled tokens, unless `label_tokens` says how many they are (a
     wrong number raises as a wrong target does); and once more the first time that several ranks use a shard. Not
-    while a CUDA graph is captured on one rank.
+    while a CUDA graph is captured on one rank, whose replays may have other labels, and more or fewer.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     try:
@@ -112,7 +113,7 @@ def _checked(
     soft = target.is_floating_point()
     flat_T = target.reshape(leading.numel(), size) if soft else target.reshape(-1)
     masked = not soft and keeps_every_row(hidden.device)
-    if fault := _label_tokens_fault(label_tokens, flat_T, options.ignore_index):
+    if fault := _label_tokens_fault(label_tokens, flat_T):
         raise ValueError(fault)
     rows_N = None if soft or masked else _labelled(flat_T, options.ignore_index, label_tokens)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -278,26 +279,33 @@ def keeps_every_row(device: torch.device) -> bool:
 
 
 def _labelled(target_T: Tensor, ignore_index: int, count: int | None) -> Tensor | None:
-    """Indices of the tokens that have a label, None if all have. Without their `count` the host waits for it."""
+    """Indices of the tokens that have a label, None if all have. Without their `count` the host waits for it.
+
+    Raises `ValueError` for a wrong count, on a device by an assertion there.
+    """
     valid_T = target_T != ignore_index
-    rows_N = (valid_T.nonzero() if count is None else valid_T.nonzero_static(size=count)).squeeze(1)
+    if count is None:
+        rows_N = valid_T.nonzero().squeeze(1)
+    else:
+        held = valid_T.sum()
+        if target_T.device.type != "cpu":
+            torch._assert_async(held == count)
+        elif held != count:
+            raise ValueError(f"label_tokens must be the number of labelled tokens, {held}, got {count}")
+        rows_N = valid_T.nonzero_static(size=int(count)).squeeze(1)
     return None if len(rows_N) == len(target_T) else rows_N
 
 
-def _label_tokens_fault(count: int | None, target_T: Tensor, ignore_index: int) -> str | None:
-    """What is wrong with the number of labelled tokens that a caller gave, or None; on a device asserted there."""
+def _label_tokens_fault(count: int | None, target_T: Tensor) -> str | None:
+    """What is wrong with the number of labelled tokens that a caller gave, as far as it tells by itself, or None."""
     if count is None:
         return None
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= len(target_T):
+    if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= len(target_T):
         return (
             f"label_tokens must be None or an integer from 0 to {len(target_T)}, the number of tokens, got {count!r}"
         )
     if target_T.is_floating_point():
         return "label_tokens counts targets that are ids; leave it out where they are probabilities"
-    held = (target_T != ignore_index).sum()
-    if target_T.device.type == "cpu":
-        return None if held == count else f"label_tokens must be the number of labelled tokens, {held}, got {count}"
-    torch._assert_async(held == count)
     return None
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smoothing import call, passes, passes_triton
+from smoothing import call, kernels, passes
 
 aten = torch.ops.aten
 WITHOUT_A_KERNEL = {"empty", "empty_like", "new_empty", "lift_fresh", "promote_types", "reshape_alias"}
@@ -32,6 +32,7 @@ class Seen(TorchDispatchMode):
         self.launches, self.operations, self.collectives = Counter(), Counter(), Counter()
         self.bytes = self.most_bytes = 0
         self._alive: set[int] = set()
+        self._turn = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation in (aten.nonzero.default, aten.allclose.default):
@@ -40,6 +41,8 @@ class Seen(TorchDispatchMode):
                 return True
             return args[0].new_empty(self.labelled, args[0].dim(), dtype=torch.int64)
         result = operation(*args, **kwargs or {})
+        if "index_put" in operation.__name__ and args[2].numel() != 1:
+            self.waits += ["nonzero" for index in args[1] if index is not None and index.dtype == torch.bool]
         if operation in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if operation is aten.copy_.default else args[0]
             if source.device != result.device:
@@ -59,16 +62,18 @@ class Seen(TorchDispatchMode):
             self._alive.add(memory._cdata)
             self.bytes += memory.nbytes()
             self.most_bytes = max(self.most_bytes, self.bytes)
-            weakref.finalize(memory, self._release, memory._cdata, memory.nbytes())
+            weakref.finalize(memory, self._release, memory._cdata, memory.nbytes(), self._turn)
 
-    def _release(self, memory: int, size: int) -> None:
+    def _release(self, memory: int, size: int, turn: int) -> None:
         self._alive.discard(memory)
-        self.bytes -= size
+        if turn == self._turn:
+            self.bytes -= size
 
     def forget(self) -> None:
         """Start anew; what is alive now was there before."""
         self.waits, self.launches, self.operations, self.collectives = [], Counter(), Counter(), Counter()
         self.bytes = self.most_bytes = 0
+        self._turn += 1
 
 
 class _Kernel:
@@ -86,6 +91,8 @@ def allow_cuda_tensors(folder: Path) -> None:
     if not torch.backends.cuda.is_built():
         from torch.utils import cpp_extension
 
+        # with its threads: once there seem to be devices, it would start some for these, and could not be forked
+        torch.zeros((), requires_grad=True).backward()
         source = str(Path(__file__).with_suffix(".cpp"))
         try:
             cpp_extension.load("fake_gpu", [source], build_directory=str(folder), is_python_module=False)
@@ -101,8 +108,8 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[Seen]:
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setitem(passes._found, "cuda", True)
     patch.setattr(call, "_headers", {})
-    for name in ("_statistics_kernel", "_combine_kernel", "_gradient_kernel", "_scale_kernel"):
-        patch.setattr(passes_triton, name, _Kernel(name.strip("_"), seen))
+    for name in ("statistics_kernel", "combine_kernel", "gradient_kernel", "scale_kernel"):
+        patch.setattr(kernels, name, _Kernel(name, seen))
     with FakeTensorMode(), seen:
         yield seen
 

@@ -127,6 +127,33 @@ def test_several_blocks_any_stride_and_no_copy(dtype, inplace):
         assert largest <= logits_bytes / 5 if inplace and dtype == torch.float32 else largest == logits_bytes
 
 
+def written_over(write) -> torch.Tensor:
+    """The logits' gradient after something was written over the loss."""
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with interpreter():
+        loss = vocab_parallel_cross_entropy(logits, torch.arange(6), label_smoothing=0.1, reduction="none")
+        loss = write(loss)
+        loss.sum().backward()
+    return logits.grad
+
+
+def twice(loss):
+    loss *= 2
+    return loss
+
+
+def nothing_left(loss):
+    loss.detach().zero_()
+    return loss
+
+
+def test_a_loss_may_be_written_over():
+    """It is the caller's: nothing that backward needs lies in its memory."""
+    with Ranks(1) as ranks:
+        (plain,), (doubled,), (kept,) = (ranks.run(written_over, how) for how in (torch.clone, twice, nothing_left))
+    assert torch.equal(kept, plain) and torch.equal(doubled, 2 * plain)
+
+
 def rounded_in_place(width: int, dtype) -> list[torch.Tensor]:
     """A gradient elsewhere; then by kernels and torch in the front of its logits' memory, and what lies behind."""
     os.environ["TRITON_INTERPRET"] = "1"

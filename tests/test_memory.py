@@ -41,6 +41,13 @@ def test_bytes_a_weight(changes, bytes_a_weight):
     assert estimate(replace(PLAIN, **changes))["total"] * GIB / 10**9 == pytest.approx(bytes_a_weight, rel=1e-3)
 
 
+def test_what_the_head_holds():
+    """The fp32 sum of its weight's gradient; chunks take the room of that gradient's rounding, where it has one."""
+    sizes = replace(PLAIN, vocab=128_000, hidden=4096, chunk_bytes=None)
+    for changes, weights in (({}, 4), ({"low_precision": False}, 2), ({"chunk_bytes": 128_000 * 4096 * 3}, 5)):
+        assert estimate(replace(sizes, **changes))["head"] * GIB == weights * 128_000 * 4096
+
+
 def test_an_update_takes_the_place_of_activations():
     parts = estimate(replace(PLAIN, tokens=10**8))
     assert parts["activations"] * GIB == 2 * 17e8 and parts["more in an update"] * GIB < 2.7e9
