@@ -72,7 +72,7 @@ def test_fused_loss(size, dtype, how):
 
 
 def step(head: str, ignored: int = 0):
-    """Inputs on the device, of which so many tokens have no label, and a forward and backward of them."""
+    """A forward and backward on the device, and its labels; so many tokens have none."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(500, (64,), generator=generator)
     target[:ignored] = -100
@@ -80,22 +80,22 @@ def step(head: str, ignored: int = 0):
     hidden = torch.randn(64, 32, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
     weight = torch.randn(500, 32, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
 
-    def run():
+    def run(told: bool = True):
         hidden.grad = weight.grad = None
         if head == "fused":
-            options = {"label_smoothing": 0.1, "label_tokens": len(target) - ignored}
+            options = {"label_smoothing": 0.1, "label_tokens": len(target) - ignored if told else None}
             loss = vocab_parallel_linear_cross_entropy(hidden, weight, target, **options)
         else:
             loss = smoothed_cross_entropy(hidden @ weight.T, target, label_smoothing=0.1)
         loss.backward()
         return loss.detach(), weight.grad
 
-    return run
+    return run, target
 
 
 @pytest.mark.parametrize("head", ["fused", "sharded"])
 def test_a_step_is_repeatable(head):
-    run = step(head)
+    run, _ = step(head)
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
 
@@ -104,8 +104,8 @@ def test_a_step_is_repeatable(head):
 @pytest.mark.parametrize("head", ["fused", "sharded"])
 def test_the_host_waits_for_nothing(head):
     """Nor in a step with another number of labels, which nothing was kept of."""
-    step(head)()
-    run = step(head, ignored=7)
+    step(head)[0]()
+    run, _ = step(head, ignored=7)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
@@ -120,17 +120,23 @@ def test_the_host_waits_for_nothing(head):
 @pytest.mark.parametrize("head", ["fused", "sharded"])
 @pytest.mark.parametrize("ignored", [0, 7])
 def test_a_captured_graph_gives_the_same(head, ignored):
-    run = step(head, ignored)
+    """Also with other labels, and another number of them, in the place of those that it was captured with."""
+    run, target = step(head, ignored)
+    others = torch.where(target == -100, 5, target.roll(1))
+    others[:20] = -100
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            expected = [x.clone() for x in run()]
+            run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = run()
-    graph.replay()
-    torch.cuda.synchronize()
-    for first, second in zip(got, expected, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-4)
+    for labels in (target.clone(), others):
+        target.copy_(labels)
+        graph.replay()
+        torch.cuda.synchronize()
+        got_now = [x.clone() for x in got]
+        for first, second in zip(got_now, run(told=False), strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-4)

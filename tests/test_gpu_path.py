@@ -85,6 +85,20 @@ def test_the_fused_head_waits_for_a_count_unless_it_is_told(gpu, shard, labelled
     assert gpu.waits == ([] if told else ["nonzero"])
 
 
+def test_a_captured_graph_depends_on_no_number_of_labels(gpu, shard, monkeypatch):
+    """Its replays may have more or fewer."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    done = []
+    for count in (3000, None):
+        step = fused(shard, label_tokens=count)
+        step()
+        gpu.forget()
+        step()
+        assert gpu.waits == []
+        done.append(gpu.operations)
+    assert done[0] == done[1] and "nonzero_static" not in done[0]
+
+
 OPTIONS = {
     "bias": {"bias": True},
     "softcap": {"logit_softcap": 5.0},
