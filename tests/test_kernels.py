@@ -1,17 +1,19 @@
 """The Triton kernels in Triton's interpreter on the CPU, held to the same truth as the torch operations.
 
-One and two gloo ranks. What the interpreter cannot show, a GPU must: `make bench-gpu` checks before it times.
+One and two gloo ranks. Every launch is `watched`: it stays inside its tensors, and no two programs race. What the
+interpreter cannot show, a GPU must: `make bench-gpu` checks before it times.
 """
 
 import contextlib
 import importlib.util
-import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import CASES, build
+from kernel_memory import watched
 from ranks import Allocations, Ranks
 from test_fused_equiv import NAMES, assert_equals_plain, fused
 from test_sharded_equiv import assert_equals_dense, my_shard, sharded, upstream_for
@@ -26,45 +28,42 @@ if importlib.util.find_spec("triton") is None:
 
 HARD = [name for name in CASES if not CASES[name](1).soft]
 FUSED = [name for name in HARD if name in NAMES]
+KERNELS = {"statistics", "combine", "gradient"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextlib.contextmanager
 def interpreter():
     """The kernels instead of torch operations; yields the names of those that have run."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    from smoothing import passes_triton
+    with watched():
+        from smoothing import passes_triton
 
-    plain, ran = (passes_triton.statistics, passes_triton.combine, passes_triton.gradient), set()
+        plain, ran = {name: getattr(passes_triton, name) for name in KERNELS}, set()
 
-    def statistics(*args, **kwargs):
-        ran.add("statistics")
-        return plain[0](*args, **kwargs)
+        def noted(name: str):
+            def run(*args, **kwargs):
+                ran.add(name)
+                return plain[name](*args, **kwargs)
 
-    def combine(*args, **kwargs):
-        ran.add("combine")
-        return plain[1](*args, **kwargs)
+            return run
 
-    def gradient(*args, **kwargs):
-        ran.add("gradient")
-        *rest, out = args
-        if out.dtype != torch.bfloat16:
-            return plain[2](*args, **kwargs)
-        # the interpreter cuts bf16 off where a device rounds to nearest
-        return out.copy_(plain[2](*rest, torch.empty_like(out, dtype=torch.float32), **kwargs))
+        def gradient(*args, **kwargs):
+            ran.add("gradient")
+            *rest, out = args
+            if out.dtype != torch.bfloat16:
+                return plain["gradient"](*args, **kwargs)
+            # the interpreter cuts bf16 off where a device rounds to nearest
+            return out.copy_(plain["gradient"](*rest, torch.empty_like(out, dtype=torch.float32), **kwargs))
 
-    try:
-        passes_triton.statistics, passes_triton.combine, passes_triton.gradient = statistics, combine, gradient
-        yield ran
-    finally:
-        passes_triton.statistics, passes_triton.combine, passes_triton.gradient = plain
-        del os.environ["TRITON_INTERPRET"]
+        instead = {name: noted(name) for name in KERNELS} | {"gradient": gradient}
+        with mock.patch.multiple(passes_triton, **instead):
+            yield ran
 
 
 def interpreted(function, *args, **kwargs):
     with interpreter() as ran:
         result = function(*args, **kwargs)
-    assert ran == {"statistics", "combine", "gradient"} or not result["grad" if "grad" in result else "hidden"].any()
+    assert ran == KERNELS or not result["grad" if "grad" in result else "hidden"].any()
     return result
 
 
@@ -156,9 +155,6 @@ def test_a_loss_may_be_written_over():
 
 def rounded_in_place(width: int, dtype) -> list[torch.Tensor]:
     """A gradient elsewhere; then by kernels and torch in the front of its logits' memory, and what lies behind."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    from smoothing import passes_triton
-
     case = build(1, tokens=5, vocab=9000, pad=width - 9000, label_smoothing=0.1)
     case.target[[1, 3]] = -100
     _, target, options = case.share(0, torch.float32)
@@ -172,11 +168,14 @@ def rounded_in_place(width: int, dtype) -> list[torch.Tensor]:
     def gradient(module, tile, out):
         return module.gradient(tile, target, call, *numbers, out)
 
-    results = [gradient(passes_triton, logits, torch.empty_like(logits, dtype=dtype))]
-    for module in (passes_triton, passes_torch):
-        memory = torch.cat([logits, torch.full((5, 7), 3.0)], 1)
-        tile = memory[:, :width]
-        results += [gradient(module, tile, products.narrowed(tile, dtype)), memory[:, width:]]
+    with watched():
+        from smoothing import passes_triton
+
+        results = [gradient(passes_triton, logits, torch.empty_like(logits, dtype=dtype))]
+        for module in (passes_triton, passes_torch):
+            memory = torch.cat([logits, torch.full((5, 7), 3.0)], 1)
+            tile = memory[:, :width]
+            results += [gradient(module, tile, products.narrowed(tile, dtype)), memory[:, width:]]
     return results
 
 
@@ -191,11 +190,11 @@ def test_a_gradient_rounded_in_its_logits_memory(width):
 
 def scaled(count: int, factor: float, dtype):
     """A gradient of so many elements scaled by the kernel, with two elements of somebody else's behind it."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    from smoothing import passes_triton
-
     memory = torch.linspace(-1, 1, count + 2).to(dtype)
-    passes_triton.scale(memory[:count], torch.tensor(factor))
+    with watched():
+        from smoothing import passes_triton
+
+        passes_triton.scale(memory[:count], torch.tensor(factor))
     return memory
 
 
