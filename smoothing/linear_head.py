@@ -26,7 +26,7 @@ from smoothing.shard_statistics import Combined, ShardStatistics
 # not less than so many bytes, below which the products lose speed. On a device more: each chunk reads and writes the
 # sum of the weight's gradient, which takes as long as the products of some 300 tokens. There half is free where the
 # weight is bf16: when the chunks are done, its gradient's rounding takes as much. (H/2 tokens a chunk on one rank.)
-CHUNK_OF_WEIGHT, DEVICE_CHUNK_OF_WEIGHT = 1 / 8, 1 / 2
+CHUNK_OF_WEIGHT, DEVICE_CHUNK_OF_WEIGHT = 1 / 4, 1 / 2
 LEAST_CHUNK_BYTES, LEAST_DEVICE_CHUNK_BYTES = 16 << 20, 256 << 20
 PIECE = 1024  # hidden states that are widened at a time
 

@@ -46,7 +46,7 @@ def vocab_parallel_linear_cross_entropy(
     `hidden` `[..., H]`, alike on all ranks; `weight` `[S, H]` and `bias` `[S]`, this rank's rows. Each rank ends with
     the whole gradient of `hidden` (the ranks' parts are summed here) and that of its own rows. `target` as in
     `vocab_parallel_cross_entropy`; only rows with a label are looked at. The head works through them in chunks whose
-    logits fit `chunk_bytes` (at least one row; None: an eighth of the weight's size in fp32, or 16 MiB; on a device
+    logits fit `chunk_bytes` (at least one row; None: a quarter of the weight's size in fp32, or 16 MiB; on a device
     half of it, or 256 MiB). Under autocast it computes in autocast's dtype, as `F.linear` does; products
     accumulate in fp32.
 

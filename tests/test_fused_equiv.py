@@ -622,8 +622,8 @@ def test_more_tokens_and_rows_than_are_taken_at_a_time(monkeypatch, dtype, with_
 
 
 def test_the_budget_of_a_chunk():
-    """Of a weight of 1 GiB in fp32: an eighth; on a device half. Of a small one, what products need."""
-    assert default_chunk_bytes(2**30, device=False) == 2**27 and default_chunk_bytes(2**30, device=True) == 2**29
+    """Of a weight of 1 GiB in fp32: a quarter; on a device half. Of a small one, what products need."""
+    assert default_chunk_bytes(2**30, device=False) == 2**28 and default_chunk_bytes(2**30, device=True) == 2**29
     assert default_chunk_bytes(1000, device=False) == 2**24 and default_chunk_bytes(1000, device=True) == 2**28
 
 
