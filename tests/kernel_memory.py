@@ -1,16 +1,17 @@
-"""What kernels do with memory, followed in Triton's interpreter as compute-sanitizer does on a GPU, and further.
+"""What kernels do with memory, followed in Triton's interpreter access by access.
 
     with watched() as launches:
         passes_triton.gradient(...)   # imported in here
     launches[0].reads(logits)     # how often each element was read, in the tensor's shape
 
-Every launch is checked when it is done. It stays inside the tensors that it was given; and a byte that it writes is
-written once, and read by nobody but the program that writes it, before that. The second rule is what makes programs
-independent of one another's order, and a gradient in its logits' memory right. (compute-sanitizer's racecheck looks
-at shared memory alone.)
+Every launch is checked. It stays inside the tensors that it was given; and a byte that it writes is written once, and
+read by nobody but the program that writes it, before that: programs may run in any order. Not seen here: threads of
+one program (the barrier before a gradient is written over its logits is for `test_kernels_compile.py`), one tensor
+taken for another (the counts of `test_kernel_memory.py`), memory that nobody has written yet. Atomics are refused.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,32 +26,30 @@ from torch import Tensor
 class Accesses:
     """Loads or stores of a launch: of each the address, its bytes, the program, and when."""
 
-    chunks: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    noted: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
     def add(self, addresses: np.ndarray, size: int, program: int, moment: int) -> None:
         ones = np.ones(addresses.size, dtype=np.int64)
-        self.chunks.append((addresses.astype(np.int64).reshape(-1), size * ones, program * ones, moment * ones))
+        self.noted.append((addresses, size * ones, program * ones, moment * ones))
 
-    def whole(self) -> tuple[np.ndarray, ...]:
-        return (
-            tuple(np.concatenate(parts) for parts in zip(*self.chunks, strict=True)) or (np.empty(0, np.int64),) * 4
-        )
+    def elements(self) -> tuple[np.ndarray, ...]:
+        nothing = (np.empty(0, np.int64),) * 4
+        return tuple(np.concatenate(parts) for parts in zip(nothing, *self.noted, strict=True))
 
-    def bytes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each byte touched: where, by which program, when."""
-        addresses, sizes, programs, moments = self.whole()
+    def each_byte(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where, by which program, when."""
+        addresses, sizes, programs, moments = self.elements()
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return np.repeat(addresses, sizes) + within, np.repeat(programs, sizes), np.repeat(moments, sizes)
 
 
-@dataclass
 class Launch:
     """One kernel over its grid."""
 
-    kernel: str
-    tensors: list[Tensor]
-    loads: Accesses = field(default_factory=Accesses)
-    stores: Accesses = field(default_factory=Accesses)
+    def __init__(self, kernel: str, tensors: list[Tensor]):
+        self.kernel, self.tensors = kernel, tensors
+        self.loads, self.stores = Accesses(), Accesses()
+        self._starts, self._stops = _stretches(tensors)
 
     def reads(self, tensor: Tensor) -> Tensor:
         return _counts(self.loads, tensor)
@@ -58,18 +57,19 @@ class Launch:
     def writes(self, tensor: Tensor) -> Tensor:
         return _counts(self.stores, tensor)
 
-    def check(self) -> None:
-        given = np.unique(np.concatenate([_bytes_of(tensor) for tensor in self.tensors]))
-        read, reader, read_at = self.loads.bytes()
-        written, writer, written_at = self.stores.bytes()
-        for what, touched in (("reads", read), ("writes", written)):
-            outside = ~np.isin(touched, given)
-            assert not outside.any(), f"{self.kernel} {what} {outside.sum()} bytes outside of its tensors"
+    def check_inside(self, addresses: np.ndarray, size: int) -> None:
+        at = np.searchsorted(self._starts, addresses, side="right") - 1
+        outside = (at < 0) | (addresses + size > self._stops[at])
+        assert not outside.any(), f"{self.kernel} touches {outside.sum()} elements outside of its tensors"
+
+    def check_order(self) -> None:
+        read, reader, read_at = self.loads.each_byte()
+        written, writer, written_at = self.stores.each_byte()
+        if not written.size:
+            return
         order = np.argsort(written, kind="stable")
         written, writer, written_at = written[order], writer[order], written_at[order]
         assert (np.diff(written) > 0).all(), f"{self.kernel} writes an element twice"
-        if not written.size:
-            return
         at = np.minimum(np.searchsorted(written, read), written.size - 1)
         shared = written[at] == read
         another = shared & (reader != writer[at])
@@ -91,30 +91,36 @@ def _followed() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     builder, execute = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
     load, store = builder.create_masked_load, builder.create_masked_store
-    moments = iter(range(10**12))
+    moments = itertools.count()
 
     def note(accesses: Accesses, pointers, mask) -> None:
         size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
         x, y, z = builder.grid_idx
         assert not y and not z, "programs are numbered along one dimension"
-        accesses.add(pointers.data[mask.data.astype(bool)], size, x, next(moments))
+        addresses = pointers.data[mask.data.astype(bool)].astype(np.int64)
+        launches[-1].check_inside(addresses, size)
+        accesses.add(addresses, size, x, next(moments))
 
-    def create_masked_load(pointers, mask, *rest):
+    def create_masked_load(pointers, mask, *rest, **more):
         note(launches[-1].loads, pointers, mask)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **more)
 
-    def create_masked_store(pointers, value, mask, *rest):
+    def create_masked_store(pointers, value, mask, *rest, **more):
         note(launches[-1].stores, pointers, mask)
-        return store(pointers, value, mask, *rest)
+        return store(pointers, value, mask, *rest, **more)
+
+    def atomic(*_, **__):
+        raise NotImplementedError("atomics are not followed")
 
     def launch(executor, *args, **kwargs):
-        launches.append(Launch(executor.fn.__name__, [x for x in args if isinstance(x, Tensor)]))
+        launches.append(Launch(executor.fn.__name__, [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]))
         execute(executor, *args, **kwargs)
-        launches[-1].check()
+        launches[-1].check_order()
 
+    followed = {"create_masked_load": create_masked_load, "create_masked_store": create_masked_store}
+    followed |= {name: atomic for name in dir(builder) if name.startswith("create_atomic")}
     with (
-        mock.patch.object(builder, "create_masked_load", create_masked_load),
-        mock.patch.object(builder, "create_masked_store", create_masked_store),
+        mock.patch.multiple(builder, **followed),
         mock.patch.object(interpreter.GridExecutor, "__call__", launch),
     ):
         yield launches
@@ -128,15 +134,19 @@ def _addresses(tensor: Tensor) -> np.ndarray:
     return (tensor.data_ptr() + np.broadcast_to(places, tensor.shape) * tensor.element_size()).reshape(-1)
 
 
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    return (_addresses(tensor)[:, None] + np.arange(tensor.element_size())).reshape(-1)
+def _stretches(tensors: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Where memory of these tensors begins and ends, in order; between their elements it is somebody else's."""
+    starts = np.concatenate([_addresses(x) for x in tensors])
+    stops = np.concatenate([_addresses(x) + x.element_size() for x in tensors])
+    order = np.argsort(starts, kind="stable")
+    starts, stops = starts[order], np.maximum.accumulate(stops[order])
+    first = np.concatenate([[True], starts[1:] > stops[:-1]])
+    return starts[first], stops[np.concatenate([first[1:], [True]])]
 
 
 def _counts(accesses: Accesses, tensor: Tensor) -> Tensor:
     """How often each element was touched, as one of its size."""
-    addresses, sizes, _, _ = accesses.whole()
-    values, times = np.unique(addresses[sizes == tensor.element_size()], return_counts=True)
-    own = _addresses(tensor)
-    at = np.minimum(np.searchsorted(values, own), max(len(values) - 1, 0))
-    found = values[at] == own if len(values) else np.zeros(own.size, dtype=bool)
-    return torch.from_numpy(np.where(found, times[at] if len(times) else 0, 0)).view(tensor.shape)
+    addresses, sizes, _, _ = accesses.elements()
+    touched, times = np.unique(addresses[sizes == tensor.element_size()], return_counts=True)
+    counts = dict(zip(touched.tolist(), times.tolist(), strict=True))
+    return torch.tensor([counts.get(address, 0) for address in _addresses(tensor).tolist()]).view(tensor.shape)
