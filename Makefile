@@ -38,10 +38,10 @@ bench: setup ## Time the head and its loss against the others on two CPU ranks (
 	pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	python benchmarks/heads.py --rounds 7 --name bar $(ARGS)
 
-bench-gpu: setup ## The same on one GPU, then training runs; what cannot be installed is left out, and said
+bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS); what cannot be installed is left out
 	-for peer in liger-kernel cut-cross-entropy quack-kernels; do pip install --quiet --constraint constraints.txt $$peer; done
 	python benchmarks/gpu.py $(ARGS)
-	python benchmarks/gpu_training.py $(ARGS)
+	python benchmarks/gpu_training.py $(TRAIN_ARGS)
 
 lint: setup ## Check style
 	ruff check

@@ -49,7 +49,7 @@ class Sizes:
 
     @property
     def tile_elements(self) -> int:
-        """Logits that this rank makes over the call, each with one exponential: N·S."""
+        """Logits that this rank makes over the call: N·S."""
         return self.tokens * self.shard
 
     @property

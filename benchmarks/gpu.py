@@ -39,11 +39,11 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kerne
 def check(contender: Contender, loss: Loss, sizes: Sizes, device: str) -> str:
     """ "ok" or what is wrong: loss and gradients at most twice as far from fp64 as `F.cross_entropy` in bf16.
 
-    A loss may be rounded to the dtype that it comes in. The head here makes three chunks of the few tokens.
+    A loss may be rounded to the dtype that it comes in. The head here makes two chunks of the few tokens.
     """
-    tokens = min(sizes.tokens, 64)
+    tokens = min(sizes.tokens, 300)
     given = Given.make(replace(sizes, tokens=tokens), device, seed=1)
-    given.chunk_bytes = 4 * sizes.vocab * math.ceil(tokens / 3)
+    given.chunk_bytes = 4 * sizes.vocab * math.ceil(tokens / 2)
     epsilon = SMOOTHING if contender.smooths else 0.0
 
     def plain(dtype) -> list[Tensor]:
@@ -58,7 +58,7 @@ def check(contender: Contender, loss: Loss, sizes: Sizes, device: str) -> str:
         value = loss(given)
         value.backward()
     except Exception as fault:
-        return f"{type(fault).__name__}: {fault}".splitlines()[0][:160]
+        return said(fault)
     got = [value.detach(), *(x.grad for x in (given.hidden, given.weight) if x is not None)]
     for name, mine, theirs, exact in zip(("loss", "first gradient", "second"), got, rival, truth, strict=False):
         error, allowed = relative_error(mine, exact), relative_error(theirs, exact)
@@ -66,6 +66,13 @@ def check(contender: Contender, loss: Loss, sizes: Sizes, device: str) -> str:
         if not error <= 2 * allowed + rounding:
             return f"{name} is {error:.1e} off, F.cross_entropy in bf16 {allowed:.1e}"
     return "ok"
+
+
+def said(fault: Exception) -> str:
+    """In one line."""
+    if isinstance(fault, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(fault).__name__}: {fault}".splitlines()[0][:160]
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -167,7 +174,7 @@ def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int)
         try:
             loss = contender.make()
         except Exception as fault:
-            verdicts[contender.name] = f"{type(fault).__name__}: {fault}".splitlines()[0][:160]
+            verdicts[contender.name] = said(fault)
             continue
         verdicts[contender.name] = check(contender, loss, sizes, device) if contender.checked else "ok"
         if verdicts[contender.name] == "ok":
@@ -179,19 +186,20 @@ def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int)
     for turn in range(rounds + 1):  # the first one warms up
         names = list(losses)
         for name in names if turn % 2 else reversed(names):
-            given = Given.make(sizes, device)
+            given = None  # the last one's memory is free
             try:
+                given = Given.make(sizes, device)
                 if turn == 0 and device == "cuda":
                     step(losses[name], given)
                     memory[name] = peak_bytes(losses[name], given)
                 taken = clock.time(lambda n=name, g=given: step(losses[n], g))
-            except torch.cuda.OutOfMemoryError:
-                verdicts[name] = "out of memory"
+            except Exception as fault:  # a contender's, who is out; the others go on
+                verdicts[name] = said(fault)
                 losses.pop(name), milliseconds.pop(name)
                 continue
             if turn:
                 milliseconds[name].append(taken)
-            del given
+    given = None
     if device == "cuda":
         for name in [n for n in losses if n.startswith(("here", "fused"))]:
             given = Given.make(sizes, device)

@@ -4,8 +4,9 @@
     python benchmarks/gpu_training.py --device cpu    # a dry run with a small model, which writes nothing
 
 First `--sanity`, which has to pass; then real starts of `deepspeed launch/sft.py`, the heads taking turns on the same
-rows; then each head with ever more rows to a step until memory runs out. Rows are those of `--data` (question/answer,
-as in GSM8K) or sums made up here. Writes `benchmarks/results/gpu-training.json` and `gpu-training.md`.
+rows; then each head with ever more rows to a step until memory runs out (some 25 starts; none with `--most 0`). Rows
+are those of `--data` (question/answer, as in GSM8K) or sums made up here. Writes `gpu-training.json` and
+`gpu-training.md` in `benchmarks/results/`, anew after each part.
 """
 
 import argparse
@@ -69,6 +70,9 @@ class Speed:
         return 6 * (body * self.tokens + model["vocab_size"] * hidden * self.label_tokens)
 
 
+NO_MEMORY = ("out of memory", "cublas_status_alloc_failed")
+
+
 class OutOfMemory(Exception):
     """A run that asked for more than the device has."""
 
@@ -108,7 +112,7 @@ class Bench:
         done = subprocess.run(self.command(*launcher, **values), capture_output=True, text=True)
         if done.returncode:
             said = done.stdout + done.stderr
-            if "out of memory" in said.lower():
+            if any(words in said.lower() for words in NO_MEMORY):
                 raise OutOfMemory
             raise SystemExit(f"{shlex.join(done.args)}\nended with {done.returncode}:\n{said[-4000:]}")
         return _speed([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
@@ -205,8 +209,15 @@ def table(result: dict) -> str:
             labels = statistics.median(entry["label_tokens"] for entry in entries)
             mfu = statistics.median(Speed(**entry).operations(result["model"]) for entry in entries) / peak
             cells = [spread, f"{labels:,.0f}", f"{mfu:.1%}", f"{max(entry['peak_gib'] for entry in entries):.1f}"]
-        lines.append(f"| {head} | {result['rows']} | {' | '.join(cells)} | {result['largest'][head]} |")
+        lines.append(f"| {head} | {result['rows']} | {' | '.join(cells)} | {result['largest'].get(head, '')} |")
     return "\n".join(lines) + "\n"
+
+
+def save(result: dict, dry: bool) -> None:
+    """What there is by now."""
+    if not dry:
+        (HERE / "results" / "gpu-training.json").write_text(json.dumps(result, indent=1) + "\n")
+        (HERE / "results" / "gpu-training.md").write_text(table(result))
 
 
 def arguments() -> argparse.Namespace:
@@ -214,7 +225,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--data", type=Path, default=None, help="question/answer rows; default: made up")
     parser.add_argument("--rows", type=int, default=16, help="to a step, where heads are compared")
-    parser.add_argument("--most", type=int, default=512, help="rows to a step that are tried")
+    parser.add_argument("--most", type=int, default=512, help="rows to a step that are tried; 0: none")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
@@ -244,11 +255,12 @@ def main() -> int:
             "nominal": next((rate for part, rate in NOMINAL.items() if part in device), None),
             "product_rate": product_rate(args.device, 256 if dry else 8192),
             "speeds": {head: [asdict(speed) for speed in runs] for head, runs in speeds.items()},
-            "largest": {head: bench.largest(head, args.rows, args.most) for head in HEADS},
+            "largest": {},
         }
-    if not dry:
-        (HERE / "results" / "gpu-training.json").write_text(json.dumps(result, indent=1) + "\n")
-        (HERE / "results" / "gpu-training.md").write_text(table(result))
+        save(result, dry)
+        for head in HEADS if args.most else ():
+            result["largest"][head] = bench.largest(head, args.rows, args.most)
+            save(result, dry)
     print(table(result))
     return 0
 
