@@ -80,7 +80,7 @@ class Launch:
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[Launch]]:
-    """Run kernels in the interpreter, and follow them. Triton must not have been imported here before."""
+    """Run kernels in the interpreter, and follow them. Triton must not be imported here outside of it."""
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # read when Triton is imported, and when a kernel is made
         yield from _followed()
 

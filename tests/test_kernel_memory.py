@@ -1,7 +1,8 @@
 """How often the kernels touch each element: one read for the statistics, one read and one write for gradients.
 
 Rows without a label are not read, padding columns neither, and everything is written. That every launch of every case
-stays inside its tensors and races with nothing is checked in `test_kernels.py`, which runs all of them `watched`.
+stays inside its tensors and races with nothing is checked in `test_kernels.py`, which runs all of them `watched`;
+that such faults would be seen, here, by a kernel that has them.
 """
 
 import importlib.util

@@ -93,13 +93,9 @@ def test_fused_loss(few, name, dtype, how):
     assert_equals_plain(case, results, dtype, reduce=torch.sum if how == "sum" else None)
 
 
-def many(size: int):
-    """More tokens than a program of what is between the passes takes, the last of them fewer."""
-    return build(size, tokens=300, vocab=37, pad=3, label_smoothing=0.1, z_loss=1e-3)
-
-
 def test_many_tokens(few):
-    case, dtype = many(few.size), torch.float32
+    """Several programs' worth for what is between the passes, the last of them with fewer."""
+    case, dtype = build(few.size, tokens=300, vocab=37, pad=3, label_smoothing=0.1, z_loss=1e-3), torch.float32
     upstream = upstream_for(case)
     results = few.run(interpreted, sharded, case, dtype, None, upstream, reduction="none")
     assert_equals_dense(case, results, dtype)
