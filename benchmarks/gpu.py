@@ -39,7 +39,7 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kerne
 def check(contender: Contender, loss: Loss, sizes: Sizes, device: str) -> str:
     """ "ok" or what is wrong: loss and gradients at most twice as far from fp64 as `F.cross_entropy` in bf16.
 
-    So is the gradient's sum over the vocabulary, which is zero, where there is smoothing: that this is lost or has the
+    So is the gradient's sum over the vocabulary, which is zero, where there is smoothing: that it is lost or has the
     wrong sign shows there alone, by ε or 2ε. A loss may be rounded to the dtype that it comes in. The head here makes
     two chunks of the few tokens.
     """
