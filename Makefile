@@ -27,12 +27,12 @@ test: setup ## Run all tests
 	pytest $(ARGS)
 
 torture: setup ## Kill runs fifty times at random moments and compare their weights (ARGS="--kills 50")
-	python -m tests.torture $(ARGS)
+	python -m tests.runs.torture $(ARGS)
 
 fuzz: setup ## Fuzz readers, recipes and the losses' arguments (hypothesis), and what reads bytes (atheris)
 	pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
-	FUZZ=30 pytest -s tests/test_fuzz.py
-	python -m tests.fuzz_bytes $(ARGS)
+	FUZZ=30 pytest -s tests/launch/test_fuzz.py
+	python -m tests.launch.fuzz_bytes $(ARGS)
 
 bench: setup ## Time the head and its loss against the others on two CPU ranks (into benchmarks/results/)
 	pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smoothing import VocabShard, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
-from smoothing.gather import gather_logits
+from smoothing.model.gather_logits import gather_logits
 
 
 @dataclass

@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from contenders import CONTENDERS, Problem
 
-from launch.preload import skip_shared_memory_op
-from tests.ranks import Collectives
+from launch.process.environment import skip_shared_memory_op
+from tests.support.ranks import Collectives
 
 CHECK_TOKENS = 32
 TOLERANCE = 1e-4

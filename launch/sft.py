@@ -13,8 +13,8 @@ from pathlib import Path
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.launcher import follow_launcher
-from launch.preload import keep_quiet, load_weights_only, share_cores, skip_shared_memory_op
+from launch.process.environment import keep_quiet, load_weights_only, share_cores, skip_shared_memory_op
+from launch.process.launcher import follow_launcher
 
 follow_launcher()
 share_cores()
@@ -27,32 +27,32 @@ from deepspeed.accelerator import get_accelerator
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from launch.arguments import check_loss_scale
-from launch.callbacks import MetricsFile, Progress, ResolvedDeepSpeed
-from launch.checkpoints import reading
-from launch.data.blanks import fill_to_multiple
-from launch.data.collate import PadToLongest
+from launch.common.atomic_files import write_whole
+from launch.common.errors import UserError
+from launch.config.deepspeed import deepspeed_config
+from launch.config.options import SftOptions, SftTrainingArguments, parse_options, resolved
+from launch.config.training_arguments import check_loss_scale
+from launch.data.batches import PadToLongest
+from launch.data.blank_rows import fill_to_multiple
+from launch.data.prepare import load_data
 from launch.data.records import DropReport
-from launch.deepspeed_config import deepspeed_config
-from launch.device import uses_gpu
-from launch.ending import run_to_its_end
-from launch.errors import UserError
-from launch.export import MODEL, export
-from launch.files import write_whole
-from launch.layout import layout
-from launch.milestones import Milestones
-from launch.model import load_model
-from launch.nonfinite import NonFiniteSteps
-from launch.options import SftOptions, SftTrainingArguments, parse_options, resolved
-from launch.prepare import load_data
-from launch.processes import ensure_environment, from_main, is_main, say, say_log, start_alone, world_size
-from launch.run_dir import DROPPED, Run, open_run
-from launch.samples import complete, shown
-from launch.sanity import check_run
-from launch.starting import Starting
-from launch.stopping import StopOnSignal, Stopped
-from launch.trainer import SftTrainer
-from launch.watchdog import Watchdog
+from launch.model.load import load_model
+from launch.preflight.checks import check_run
+from launch.process.device import uses_gpu
+from launch.process.exit import run_to_its_end
+from launch.process.ranks import ensure_environment, from_main, is_main, say, say_log, start_alone, world_size
+from launch.process.signals import StopOnSignal, Stopped
+from launch.process.startup_errors import Starting
+from launch.process.watchdog import Watchdog
+from launch.run.checkpoints import reading
+from launch.run.directory import DROPPED, Run, open_run
+from launch.run.layout import layout
+from launch.training.export import MODEL, export
+from launch.training.logging import MetricsFile, Progress, ResolvedDeepSpeed
+from launch.training.milestones import Milestones
+from launch.training.nonfinite import NonFiniteSteps
+from launch.training.samples import complete, shown
+from launch.training.trainer import SftTrainer
 from smoothing.hf import SmoothedLossCallback
 
 

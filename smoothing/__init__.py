@@ -1,10 +1,10 @@
 """Label-smoothed cross entropy over a sharded vocabulary."""
 
-from smoothing.call import TokenStats
+from smoothing.core.call import TokenStats
 from smoothing.install import install_smoothed_loss
 from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import smoothed_cross_entropy, vocab_parallel_cross_entropy
-from smoothing.model_logits import UnsupportedModel
+from smoothing.model.support import UnsupportedModel
 from smoothing.shard import VocabShard
 
 __all__ = [

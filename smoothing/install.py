@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from smoothing.installed_loss import Installation, InstalledLoss, OnStats
+from smoothing.core.options import LossOptions
 from smoothing.linear_loss import chunk_bytes_fault
-from smoothing.model_logits import UnsupportedModel, fusing_fault, own_softcap, smoothing_fault
-from smoothing.options import LossOptions
+from smoothing.model.installed_loss import Installation, InstalledLoss, OnStats
+from smoothing.model.support import UnsupportedModel, fusing_fault, own_softcap, smoothing_fault
 
 HEADS = ("fused", "sharded", "dense")
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smoothing import agreement
-from smoothing.agreement import Meeting
-from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
-from smoothing.linear_gradients import HeadGradients, Wanted
-from smoothing.linear_head import LinearHead
-from smoothing.options import LossOptions
-from smoothing.passes import passes
+from smoothing.core import agreement
+from smoothing.core.agreement import Meeting
+from smoothing.core.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
+from smoothing.core.options import LossOptions
+from smoothing.core.statistics import Combined, token_loss
+from smoothing.kernels.dispatch import passes
+from smoothing.linear.gradients import HeadGradients, Wanted
+from smoothing.linear.head import LinearHead
 from smoothing.shard import VocabShard
-from smoothing.shard_statistics import Combined, token_loss
 
 
 def vocab_parallel_linear_cross_entropy(

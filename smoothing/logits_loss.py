@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smoothing import agreement
-from smoothing.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
-from smoothing.options import LossOptions
-from smoothing.passes import passes
+from smoothing.core import agreement
+from smoothing.core.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
+from smoothing.core.options import LossOptions
+from smoothing.kernels.dispatch import passes
 from smoothing.shard import VocabShard
 
 

@@ -1,10 +1,11 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/preload.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/process/environment.py
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # real runs are of more ranks than a machine may have GPUs
 
 import pytest
-from ranks import pool
+
+from tests.support.ranks import pool
 
 
 @pytest.fixture(scope="session", params=[1, 2, 3, 4], ids="{}rank".format)

@@ -11,19 +11,19 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES, EXAMPLE_LOGITS, EXAMPLE_TARGET, IGNORED, Case, build, dense_losses
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from ranks import Allocations, Collectives, fresh_group, pool
 
 from smoothing import (
     TokenStats,
     VocabShard,
-    passes_torch,
     smoothed_cross_entropy,
     vocab_parallel_cross_entropy,
 )
+from smoothing.kernels import torch_ops as passes_torch
 from smoothing.reference import hf_label_smoother, onehot_cross_entropy, torch_cross_entropy
+from tests.support.cases import CASES, EXAMPLE_LOGITS, EXAMPLE_TARGET, IGNORED, Case, build, dense_losses
+from tests.support.ranks import Allocations, Collectives, fresh_group, pool
 
 FORMULATIONS = [torch_cross_entropy, hf_label_smoother, onehot_cross_entropy]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.errors import UserError
-from launch.text import one_line
+from launch.common.errors import UserError
+from launch.common.text import one_line
 
 
 class DataError(UserError):

@@ -1,0 +1,1 @@
+"""Errors, text and files: what every other room uses."""

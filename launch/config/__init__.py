@@ -1,0 +1,1 @@
+"""What can be set: flags, recipes, training arguments, DeepSpeed files."""

@@ -1,0 +1,84 @@
+"""Which DeepSpeed configuration a run uses: a file of `ds_configs/`, or the user's own."""
+
+import json
+from pathlib import Path
+
+from launch.common.errors import UserError
+from launch.config.deepspeed_file import check_file, read_file
+from launch.config.options import SftOptions
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+DEFAULT_STAGE = 1
+GATHER = "gather_16bit_weights_on_model_save"
+OTHER_NAMES = (f"stage3_{GATHER}", "stage3_gather_fp16_weights_on_model_save")  # DeepSpeed takes one of them
+
+
+def deepspeed_config(options: SftOptions, path: str | None, world_size: int | None) -> dict:
+    """The configuration, with `tensor_parallel.autotp_size` filled in, and `options.tp` set to what it says.
+
+    Batch sizes, learning rate and precision stay `"auto"`: they are the recipe's. Raises `UserError` for a file
+    that cannot be read, says what DeepSpeed does not know or take (`launch.config.deepspeed_file`), contradicts
+    `--tp` or `--zero`, or asks for more tensor-parallel ranks than there are (`world_size`; None where the
+    run is only looked at).
+    """
+    config = _built_in(options) if path is None else _read(path, options)
+    tensor_parallel = config.get("tensor_parallel", {})
+    size = tensor_parallel.get("autotp_size", 1)
+    if size == "auto":
+        size = tensor_parallel["autotp_size"] = options.tp
+    if size < 1:
+        raise UserError(f"--deepspeed {path}: tensor_parallel.autotp_size must be at least 1, got {size}")
+    if size > 1 and options.tp not in (1, size):
+        raise UserError(f"{path} says autotp_size {size} and --tp says {options.tp}; keep one of them")
+    if options.tp > 1 and size <= 1:
+        raise UserError(
+            f"--tp {options.tp} needs tensor_parallel.autotp_size in {path}; set it to {options.tp} there"
+        )
+    options.tp = max(1, size)
+    if options.tp == 1:
+        config.pop("tensor_parallel", None)
+    if world_size is not None and world_size % options.tp:
+        raise UserError(
+            f"tensor parallelism {options.tp} does not divide the {world_size} process(es) of this run; start "
+            f"{options.tp} or a multiple of it (deepspeed --num_gpus {options.tp} launch/sft.py ...)"
+        )
+    zero = config["zero_optimization"]
+    zero["stage"] = int(zero.get("stage", 0))
+    _check_batch(config, options.tp, path)
+    if options.tp > 1 or zero["stage"] == 3:
+        # without it Trainer.save_model writes no weights at all
+        for name in OTHER_NAMES:
+            zero.pop(name, None)
+        zero[GATHER] = True
+    return config
+
+
+def _check_batch(config: dict, tp: int, path: str | None) -> None:
+    """DeepSpeed works it out of the other two; transformers would count tensor-parallel ranks as data-parallel."""
+    size = config.get("train_batch_size", "auto")
+    if size == "auto":
+        config.pop("train_batch_size", None)
+    elif tp > 1:
+        raise UserError(
+            f"--deepspeed {path}: train_batch_size {size} cannot be held to the recipe under tensor parallelism; "
+            "leave it out, it follows from the micro-batch, the accumulation steps and the data-parallel ranks"
+        )
+
+
+def _built_in(options: SftOptions) -> dict:
+    stage = DEFAULT_STAGE if options.zero is None else options.zero
+    name = f"zero{stage}{'_offload' if options.offload else ''}{'_tp' if options.tp > 1 else ''}.json"
+    return json.loads((DS_CONFIGS / name).read_text())
+
+
+def _read(path: str, options: SftOptions) -> dict:
+    """The user's own file, with what it leaves to the recipe said as the built-in files say it."""
+    if path and (options.zero is not None or options.offload):
+        raise UserError(f"--deepspeed {path} already says the ZeRO stage; leave out --zero and --offload")
+    config = read_file(path)
+    check_file(config, f"--deepspeed {path}")
+    for key, value in json.loads((DS_CONFIGS / "zero0.json").read_text()).items():
+        config.setdefault(key, value)
+    for precision in ("bf16", "fp16"):
+        config[precision].setdefault("enabled", "auto")
+    return config

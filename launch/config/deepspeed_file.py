@@ -1,0 +1,154 @@
+"""A user's own DeepSpeed file: every key known, every value of its type, before anything is built of it."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.compile.config import CompileConfig
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
+from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, HybridEngineConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from launch.common.errors import UserError
+from launch.config.deepspeed_sections import (
+    AUTO,
+    check_like,
+    check_model,
+    check_optimizer,
+    check_plain,
+    check_scheduler,
+    unknown_key,
+)
+from launch.data.records import Reject
+from launch.data.sources.json_files import StrictDecoder
+
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+MODELS = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "tensor_parallel": TPTrainingConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+    "compile": CompileConfig,
+    "hybrid_engine": HybridEngineConfig,
+    "comms_logger": CommsLoggerConfig,
+    **{name: field.annotation for name, field in DeepSpeedMonitorConfig.model_fields.items()},
+}
+PLAIN = {"activation_checkpointing": ACT_CHKPT_DEFAULT, "aio": AIO_DEFAULT_DICT}
+UNSUPPORTED = {
+    "pipeline": "pipeline parallelism is not supported here; leave it out",
+    "sequence_parallel_size": "sequence parallelism is not supported here; leave it out",
+    "bfloat16": "transformers, which fills in the precision, knows this section as bf16; name it so",
+}
+SECTION = {}  # the default of what DeepSpeed only reads if it stands there
+
+
+def read_file(path: str) -> dict:
+    """The file's object. Raises `UserError` where it is none, or a key stands twice."""
+    if not path:
+        raise UserError("--deepspeed is empty; name a file, or leave it out")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        config, end, reject = StrictDecoder().decode_at(text)
+    except (OSError, ValueError, Reject) as fault:
+        raise UserError(f"--deepspeed {path} is not a readable JSON file: {fault}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
+    if reject or text[end:]:
+        reason = reject or "something stands after the object"
+        raise UserError(f"--deepspeed {path} is not a readable JSON file: {reason}")
+    return config
+
+
+def check_file(config: dict, where: str) -> None:
+    """Raises `UserError` for a key that DeepSpeed does not know, or a value it would fail on or misread."""
+    for name, reason in UNSUPPORTED.items():
+        if name in config:
+            raise UserError(f"{where}: {name}: {reason}")
+    known = _known()
+    for name in config:
+        if name not in known:
+            raise unknown_key(where, name, known.keys() - UNSUPPORTED.keys())
+    removed = _refusal({name: {} for name in config})
+    if isinstance(removed, DeepSpeedConfigError):  # it still knows the names of what it no longer has, and says so
+        raise UserError(f"{where}: {_one_line(removed)}")
+    for name, value in config.items():
+        _check_value(name, value, known[name], config, f"{where}: {name}")
+    refusal = _refusal(config)
+    if refusal is not None:
+        raise UserError(f"{where}: DeepSpeed refuses it: {_one_line(refusal)}")
+
+
+def _check_value(name: str, value: Any, default: Any, config: dict, where: str) -> None:
+    if name in MODELS:
+        check_model(MODELS[name], value, where)
+    elif name in PLAIN:
+        check_plain(value, PLAIN[name], where)
+    elif name == "optimizer":
+        check_optimizer(value, _offloaded(config), where)
+    elif name == "scheduler":
+        check_scheduler(value, where)
+    elif name in BATCH:
+        if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f'{where} must be "auto" or an integer of at least 1, got {value!r}')
+    elif name != "gradient_clipping" or value != AUTO:  # these four of the outermost keys are the recipe's to fill
+        check_like(value, default, where)
+
+
+def _offloaded(config: dict) -> bool:
+    zero = config.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme")
+
+
+class _Asked(dict):
+    """Notes what DeepSpeed asks it for: its own list of keys, which stands nowhere as a list."""
+
+    def __init__(self, values: dict):
+        super().__init__(values)
+        self.names: dict[str, Any] = {}  # with its default, as far as it says one
+
+    def get(self, name, default=None):
+        if self.names.get(name, SECTION) is SECTION or default is not None:
+            self.names[name] = default
+        return super().get(name, default)
+
+    def __contains__(self, name):
+        self.names.setdefault(name, SECTION)
+        return super().__contains__(name)
+
+    def keys(self):
+        return self  # `name in config.keys()` asks too
+
+
+@functools.cache
+def _known() -> dict[str, Any]:
+    """The outermost keys that DeepSpeed reads, with its defaults."""
+    asked = _Asked({"train_micro_batch_size_per_gpu": 1})
+    DeepSpeedConfig(asked)
+    # defaults that do not show the type: None for never, False beside an object
+    return asked.names | {"steps_per_print": 10, "datastates_ckpt": None}
+
+
+def _refusal(config: dict) -> Exception | None:
+    """What DeepSpeed's own reading of it raises; batch sizes are left out, as it would divide them by ranks."""
+    try:
+        said = {name: value for name, value in _without_auto(config).items() if name not in BATCH}
+        DeepSpeedConfig(said | {"train_micro_batch_size_per_gpu": 1})
+    except Exception as fault:
+        return fault
+    return None
+
+
+def _one_line(fault: Exception) -> str:
+    return " ".join(str(fault).split()) or type(fault).__name__
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_auto(item) for name, item in value.items() if item != AUTO}
+    return value

@@ -1,0 +1,44 @@
+"""Rows of unequal length to one batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from launch.data.examples.rows import IGNORED
+
+
+@dataclass(frozen=True)
+class PadToLongest:
+    """Pads on the right to the longest row, rounded up to a multiple; columns [rows, length], int64, and `where`.
+
+    `label_tokens`: how many positions predict a label, which is the next position's; counted here, so that no device
+    has to be asked.
+    Raises ValueError for no rows, or a row whose labels are not as long as its input_ids.
+    """
+
+    pad_token_id: int
+    multiple_of: int = 8
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor | int | list[str]]:
+        if not rows:
+            raise ValueError("expected at least one row, got none")
+        lengths = [len(row["input_ids"]) for row in rows]
+        longest = -(-max(lengths) // self.multiple_of) * self.multiple_of
+        input_ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.int64)
+        labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+        attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if len(row["labels"]) != length:
+                raise ValueError(f"expected {length} labels, as many as input_ids, got {len(row['labels'])}")
+            input_ids[index, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+            labels[index, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
+            attention_mask[index, :length] = 1
+        where = [row.get("where", "") for row in rows]
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "label_tokens": int((labels[:, 1:] != IGNORED).sum()),
+            "where": where,
+        }

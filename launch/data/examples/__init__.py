@@ -1,0 +1,1 @@
+"""What a row means: its format, its conversation, its tokens and labels."""

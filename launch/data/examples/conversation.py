@@ -1,0 +1,105 @@
+"""Conversations: the tokenizer's own chat template decides the text, and which of it is an answer.
+
+With one answer the rendered prompt is what precedes it. With several the template has to mark them
+(`{% generation %}`), as nothing else says which tokens the assistant wrote.
+"""
+
+import re
+
+from launch.common.text import first_line, shortened
+from launch.data.examples.formats import ChatExample, unicode
+from launch.data.examples.rows import IGNORED, Row, join, strip_left, token_ids
+from launch.data.records import DataError, Reject
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def encode_chat(example: ChatExample, tokenizer, max_length: int) -> Row:
+    """The row of a conversation.
+
+    Raises Reject for this conversation, DataError for a tokenizer without a chat template.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{example.where} is a conversation, which needs a tokenizer with a chat template, but this one "
+            "has none; use the tokenizer of an instruction-tuned model or prompt/completion data."
+        )
+    answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
+    if any(tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token) for answer in answers):
+        raise Reject("completion holds the end token before its end")
+    if len(answers) == 1:
+        return _one_answer(example, tokenizer, max_length)
+    if not GENERATION.search(_template(tokenizer)):
+        raise Reject(
+            "several answers, which the chat template does not mark: add {% generation %} to it, or split them",
+            f"{len(answers)} answers",
+        )
+    return _marked_answers(example, tokenizer, max_length)
+
+
+def _template(tokenizer) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none of them the default
+        raise Reject("the tokenizer names no default chat template", shortened(first_line(error))) from None
+
+
+def _render(tokenizer, messages, **options):
+    """What the template makes of the messages. It is a program that came with the model: it may raise anything."""
+    try:
+        rendered = tokenizer.apply_chat_template(messages, **options)
+        return unicode(rendered, "the rendered conversation") if isinstance(rendered, str) else rendered
+    except Reject:
+        raise
+    except Exception as error:
+        detail = shortened(f"{type(error).__name__}: {error}")
+        raise Reject("the chat template refuses the conversation", detail) from None
+
+
+def _one_answer(example: ChatExample, tokenizer, max_length: int) -> Row:
+    if len(example.messages) > 1:
+        prompt = _render(tokenizer, example.messages[:-1], tokenize=False, add_generation_prompt=True)
+    else:
+        prompt = ""
+    text = _render(tokenizer, example.messages, tokenize=False)
+    if not text.startswith(prompt):
+        raise Reject("the chat template renders the prompt otherwise once it is answered")
+    completion = text[len(prompt) :]
+    # Many templates end a turn with EOS and a newline; the newline would follow the stop.
+    stripped = completion.rstrip()
+    if stripped.endswith(tokenizer.eos_token):
+        completion = stripped
+    return join(token_ids(prompt, tokenizer), token_ids(completion, tokenizer), tokenizer, max_length)
+
+
+def _marked_answers(example: ChatExample, tokenizer, max_length: int) -> Row:
+    encoded = _render(tokenizer, example.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    if 1 not in mask:
+        raise Reject("the chat template marks no answer")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # Past the last answer only its stop matters, which a template may have left outside the mark.
+    end = len(mask) - mask[::-1].index(1)
+    ids, mask = ids[:end], mask[:end]
+    if ids[-1] != eos:
+        ids, mask = [*ids, eos], [*mask, 1]
+    ids = strip_left(ids, bos)
+    mask = mask[len(mask) - len(ids) :]
+    start = [] if bos is None else [bos]
+    cut = max(0, len(start) + len(ids) - max_length)
+    last_answer = len(mask) - [*mask[::-1], 0].index(0)
+    if cut > last_answer:
+        raise Reject(f"completion longer than max_length {max_length}", f"{len(ids) - last_answer} tokens")
+    # An answer that lost its beginning is context only.
+    first = cut
+    while cut and mask[cut - 1] and first < last_answer and mask[first]:
+        first += 1
+    labels = [token if learn else IGNORED for token, learn in zip(ids, mask, strict=True)]
+    labels[cut:first] = [IGNORED] * (first - cut)
+    if all(label == IGNORED for label in (start + labels[cut:])[1:]):
+        raise Reject("no label tokens")
+    return Row(
+        input_ids=start + ids[cut:],
+        labels=[IGNORED] * len(start) + labels[cut:],
+        prompt_tokens_cut=cut,
+    )

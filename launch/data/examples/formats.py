@@ -1,0 +1,138 @@
+"""Which format a record is in, and the example it stands for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launch.common.text import shortened
+from launch.data.records import Record, Reject
+
+FORMATS = {
+    "already tokenised": ("input_ids", "labels"),
+    "messages": ("messages",),
+    "prompt/completion": ("prompt", "completion"),
+    "instruction/input/output": ("instruction", "output"),
+    "question/answer": ("question", "answer"),
+}
+QUESTION_PROMPT = "Question: {question}\nAnswer:"
+# The space belongs to the answer: a model continues "Answer:" with " 4", not with "4".
+ANSWER_COMPLETION = " {answer}"
+INSTRUCTION_PROMPT = "Instruction: {instruction}\nResponse:"
+INSTRUCTION_INPUT_PROMPT = "Instruction: {instruction}\nInput: {input}\nResponse:"
+RESPONSE_COMPLETION = " {output}"
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A prompt, which may be empty, and the completion to be learned."""
+
+    prompt: str
+    completion: str
+    where: str
+
+
+@dataclass(frozen=True)
+class ChatExample:
+    """A conversation that ends with the assistant's answer."""
+
+    messages: list[dict[str, Any]]
+    where: str
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """Token ids and labels that are used as they are."""
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str
+
+
+Example = TextExample | ChatExample | TokenExample
+
+
+def detect_format(fields: Mapping[str, Any]) -> str | None:
+    """The first format whose fields are all there, those with a value before those that are null."""
+    filled = {name for name, value in fields.items() if value is not None}
+    for names in (filled, set(fields)):
+        for format, needed in FORMATS.items():
+            if names.issuperset(needed):
+                return format
+    return None
+
+
+def to_example(record: Record, format: str) -> Example:
+    """The example that `record` stands for in `format`. Raises Reject for a field that cannot be used."""
+    fields, where = record.fields, record.where
+    if format == "already tokenised":
+        return TokenExample(_ids(fields, "input_ids"), _ids(fields, "labels"), where)
+    if format == "messages":
+        return ChatExample(_messages(fields), where)
+    if format == "prompt/completion":
+        return TextExample(_text(fields, "prompt"), _answer(fields, "completion"), where)
+    if format == "question/answer":
+        prompt = QUESTION_PROMPT.format(question=_text(fields, "question"))
+        return TextExample(prompt, ANSWER_COMPLETION.format(answer=_answer(fields, "answer")), where)
+    if format == "instruction/input/output":
+        instruction = _text(fields, "instruction")
+        given = _text(fields, "input") if fields.get("input") is not None else ""
+        template = INSTRUCTION_INPUT_PROMPT if given.strip() else INSTRUCTION_PROMPT
+        prompt = template.format(instruction=instruction, input=given)
+        return TextExample(prompt, RESPONSE_COMPLETION.format(output=_answer(fields, "output")), where)
+    raise ValueError(f"format should be one of {', '.join(FORMATS)}, got {format!r}")
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    if name not in fields:
+        raise Reject(f"no field {name!r}")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise Reject(f"{name} is not text", type(value).__name__)
+    return unicode(value, name)
+
+
+def unicode(value: str, name: str) -> str:
+    """`value`, if it is text that a tokenizer takes. Raises Reject."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
+        raise Reject(f"{name} holds half a surrogate pair") from None
+    return value
+
+
+def _answer(fields: Mapping[str, Any], name: str) -> str:
+    value = _text(fields, name)
+    if not value.strip():
+        raise Reject(f"empty {name}")
+    return value
+
+
+def _ids(fields: Mapping[str, Any], name: str) -> list[int]:
+    ids = fields.get(name)
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise Reject(f"{name} is not a list of integers")
+    return ids
+
+
+def _messages(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise Reject("messages is not a list of messages", type(messages).__name__)
+    conversation = [_message(message) for message in messages]
+    if conversation[-1]["role"] != "assistant":
+        raise Reject("the last message is not the assistant's", conversation[-1]["role"])
+    return conversation
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise Reject("a message is not {role, content}")
+    role = message["role"]
+    if role not in ROLES:
+        raise Reject("unknown role", shortened(repr(role)))
+    content = _text(message, "content")
+    if role == "assistant" and not content.strip():
+        raise Reject("empty assistant message")
+    # Parquet fills the keys that other messages have with null; templates test for their presence.
+    return {name: value for name, value in message.items() if value is not None}

@@ -1,0 +1,85 @@
+"""Rows of token ids and labels.
+
+A row is BOS, prompt, completion, EOS, and only completion and EOS carry labels. A prompt that is too long
+loses tokens on its left, after BOS; a completion is never cut.
+"""
+
+from typing import TypedDict
+
+from launch.common.text import first_line, shortened
+from launch.data.examples.formats import TokenExample
+from launch.data.records import Reject
+
+IGNORED = -100
+
+
+class Row(TypedDict):
+    """Ids and labels of equal length, and how many prompt tokens did not fit."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_tokens_cut: int
+
+
+def token_ids(text: str, tokenizer) -> list[int]:
+    """The ids of `text` alone. Raises Reject for what the tokenizer refuses."""
+    try:
+        # verbose=False: no warning about model_max_length, as the length is checked here.
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # it came with the model, and may raise anything
+        raise Reject("the tokenizer refuses the text", shortened(first_line(error))) from None
+
+
+def join(prompt: list[int], completion: list[int], tokenizer, max_length: int) -> Row:
+    """BOS, prompt, completion, EOS with each end token exactly once. Raises Reject."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompt = strip_left(prompt, bos)
+    completion = strip_right(completion if prompt else strip_left(completion, bos), eos)
+    if not completion:
+        raise Reject("completion has no tokens")
+    if eos in completion:
+        raise Reject("completion holds the end token before its end")
+    answer = [*completion, eos]
+    start = [] if bos is None else [bos]
+    room = max_length - len(start) - len(answer)
+    if room < 0:
+        raise Reject(f"completion longer than max_length {max_length}", f"{len(start) + len(answer)} tokens")
+    kept = prompt[max(0, len(prompt) - room) :]
+    context = start + kept
+    return Row(
+        input_ids=context + answer,
+        labels=[IGNORED] * len(context) + answer,
+        prompt_tokens_cut=len(prompt) - len(kept),
+    )
+
+
+def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> Row:
+    """The row of ids that came with the data. Raises Reject."""
+    ids, labels = example.input_ids, example.labels
+    if len(ids) != len(labels):
+        raise Reject("input_ids and labels differ in length", f"{len(ids)} and {len(labels)}")
+    if len(ids) > max_length:
+        raise Reject(f"row longer than max_length {max_length}", f"{len(ids)} tokens")
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise Reject(f"input_ids outside [0, {vocab_size})", shortened(str(outside[0])))
+    # Models shift labels themselves: a label says nothing but "this input id is to be learned".
+    if any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
+        raise Reject(f"labels are neither {IGNORED} nor the input id at their place (shifted already?)")
+    # Nothing precedes position 0, so a label there is never predicted.
+    if all(label == IGNORED for label in labels[1:]):
+        raise Reject("no label tokens")
+    return Row(input_ids=ids, labels=labels, prompt_tokens_cut=0)
+
+
+def strip_left(ids: list[int], token: int | None) -> list[int]:
+    """`ids` without the run of `token` at their start."""
+    start = 0
+    while start < len(ids) and ids[start] == token:
+        start += 1
+    return ids[start:]
+
+
+def strip_right(ids: list[int], token: int | None) -> list[int]:
+    """`ids` without the run of `token` at their end."""
+    return strip_left(ids[::-1], token)[::-1]

@@ -1,0 +1,1 @@
+"""Where rows come from: files, directories, hub names, the standard library's docstrings."""

@@ -1,0 +1,110 @@
+"""Which of a directory's files are read. One that is passed over is counted, or said: it may hold what was meant."""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+
+from launch.common.text import one_line, shortened
+from launch.data.records import DataError, DropReport, Reject
+
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by `datasets` beside its data
+TRAIN = "train"
+HELD_OUT = "held out"
+MORE = "(s|set|data|split)?"
+PARTS = {  # a name that says both is not trained on
+    HELD_OUT: re.compile(f"(test|val|valid|validation|dev|eval|evaluation|held.?out|hold.?out){MORE}"),
+    TRAIN: re.compile(f"train(ing)?{MORE}"),
+}
+Entries = dict[Path, str]  # with why each is not read: "" where it is
+
+
+def files_of(
+    folder: Path, is_data: Callable[[Path], bool], report: DropReport, strict: bool, held_out: bool
+) -> list[Path]:
+    """The data files under `folder` in sorted order; what else is there goes into `report`, with why it is not read.
+
+    Nothing hidden, and nothing that is obviously about the data. With names of both kinds, train and test, only one
+    kind is read, and the report says what is left out: to train on, train; as held-out data (`held_out`), test.
+
+    Raises DataError where there is nothing to read, or when `strict` for the first file that is of no use.
+    """
+    entries = _entries(folder, is_data)
+    left_out = _left_out(entries, folder, held_out)
+    unread = {path: why for path, why in entries.items() if why and path not in left_out}
+    files = [path for path, why in entries.items() if not why and path not in left_out]
+    if not files:
+        found = {"not read": unread, "left out": left_out}
+        more = "; ".join(f"{what}: {_names(paths)}" for what, paths in found.items() if paths)
+        raise DataError(
+            f"{folder} was expected to hold data files (JSONL, JSON, Parquet, CSV, TSV), but it holds none"
+            + (f" ({more})." if more else ".")
+        )
+    if left_out:
+        report.left_out.append(_sentence(folder, left_out, held_out))
+    for path, why in unread.items():
+        report.add(f"{path}:1", Reject("unread file", why, whole_file=True), strict)
+    return files
+
+
+def _entries(folder: Path, is_data: Callable[[Path], bool]) -> Entries:
+    """What lies under `folder`, in sorted order."""
+    found = {}
+
+    def unlisted(error: OSError) -> None:
+        found[Path(error.filename)] = f"cannot be listed: {error.strerror}"
+
+    for parent, folders, names in os.walk(folder, onerror=unlisted):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                found[path] = "a symlink to a directory"
+        for path in (Path(parent, name) for name in names):
+            if not path.name.startswith(".") and not _about_data(path, is_data):
+                found[path] = _why_unread(path, is_data)
+    return dict(sorted(found.items()))
+
+
+def _about_data(path: Path, is_data: Callable[[Path], bool]) -> bool:
+    name = path.name.lower()
+    words = name.startswith(("readme", "license")) or name.endswith(".md")
+    return name in DESCRIPTIONS or (words and not is_data(path))
+
+
+def _why_unread(path: Path, is_data: Callable[[Path], bool]) -> str:
+    if not os.path.isfile(path):
+        return "no regular file"
+    return "" if is_data(path) else "no kind that is read"
+
+
+def _left_out(entries: Entries, folder: Path, held_out: bool) -> Entries:
+    """What is named otherwise than the part that is wanted, where both parts are there."""
+    parts = {path: _part(path.relative_to(folder)) for path in entries}
+    # A train file counts though it is of no kind that is read: what is beside it is not for training even so.
+    if TRAIN not in parts.values() or all(why for path, why in entries.items() if parts[path] == HELD_OUT):
+        return {}
+    wanted = HELD_OUT if held_out else TRAIN
+    return {path: why for path, why in entries.items() if parts[path] != wanted}
+
+
+def _part(path: Path) -> str | None:
+    """By a word in the name of the file, or else of the innermost directory that says it."""
+    for name in map(str.lower, reversed(path.parts)):
+        words = re.findall("[a-z]+", name)
+        words += [f"{first}-{second}" for first, second in pairwise(words)]  # held_out
+        for part, known in PARTS.items():
+            if any(map(known.fullmatch, words)):
+                return part
+    return None
+
+
+def _sentence(folder: Path, left_out: Entries, held_out: bool) -> str:
+    place, names = one_line(str(folder)), _names(left_out)
+    if held_out:
+        return f"{place} has files to evaluate on by their names, so others are left out: {names}"
+    return f"{place} has files named train, so others are left out: {names}; to evaluate on them, give --eval_data"
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return shortened(", ".join(path.name for path in paths))

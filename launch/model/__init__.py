@@ -1,0 +1,1 @@
+"""The model of a run: loaded or built, and checked."""

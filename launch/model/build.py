@@ -1,0 +1,150 @@
+"""A model of random weights from `--model_config`: what cannot be built is a sentence, before memory is asked for."""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import set_zero3_state
+
+from launch.common.errors import UserError
+from launch.common.nearest import nearest
+from launch.config.options import SftOptions
+from launch.preflight.memory import GIB
+from launch.process.ranks import world_size
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+MOST_LAYERS = 4096  # each is Python objects even without its weights: these take seconds, a billion would take a week
+
+
+def build_model(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """Raises `UserError` for whatever transformers, or this machine's memory, cannot make a causal LM of."""
+    given = options.model_config
+    config_class = _config_class(given)
+    values = {name: value for name, value in given.items() if name != "model_type"}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | special | values
+    try:
+        _check_sizes(values, config_class)
+        _check_dtype(values)
+        config = AutoConfig.for_model(given["model_type"], **values)
+        _check_keys(given, config_class)
+        _check_heads(config)
+        _check_memory(config, dtype)
+        torch.manual_seed(seed)
+        if not is_deepspeed_zero3_enabled():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except UserError:
+        raise
+    except Exception as fault:  # a configuration is wrong in more ways than transformers has errors for
+        raise UserError(f"--model_config: {_reason(fault, given)}") from None
+    # the ranks share the weights out among each other, so that what fails here may be another rank's end
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def one_line(fault: Exception) -> str:
+    """All that it says, as transformers breaks the line before the reason; but no stack of torch's C++."""
+    return " ".join(str(fault).split("Exception raised from")[0].split()) or type(fault).__name__
+
+
+def _config_class(given: dict) -> type[PreTrainedConfig]:
+    model_type = given.get("model_type")
+    if model_type is None:
+        raise UserError("--model_config needs a model_type, for example llama")
+    if model_type not in list(CONFIG_MAPPING):  # a list, as what came may not be hashable
+        near = nearest(model_type, CONFIG_MAPPING) or "; those of transformers are lower-case names such as llama"
+        raise UserError(f"--model_config: unknown model_type {model_type!r}{near}")
+    config_class = CONFIG_MAPPING[model_type]
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"--model_config: model_type {model_type!r} is no causal language model; take one, as llama")
+    return config_class
+
+
+def _check_sizes(values: dict, config_class: type[PreTrainedConfig]) -> None:
+    for name, value in values.items():
+        size = config_class.attribute_map.get(name, name)
+        if size in SIZES and isinstance(value, int) and value < 1:
+            raise UserError(f"--model_config: {name} must be at least 1, got {value}")
+        if size == "num_hidden_layers" and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"--model_config: {name} must be at most {MOST_LAYERS}, got {value}")
+        if name == "initializer_range" and isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise UserError(f"--model_config: {name} must be at least 0, got {value}")
+
+
+def _check_dtype(values: dict) -> None:
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            known = [key for key, kind in vars(torch).items() if isinstance(kind, torch.dtype)]
+            raise UserError(f"--model_config: {name} must be one of torch's, got {value!r}{nearest(value, known)}")
+
+
+def _check_keys(given: dict, config_class: type[PreTrainedConfig]) -> None:
+    """transformers takes a misspelt key in silence, and the model is not the one that was asked for."""
+    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    for name in given.keys() - known:
+        raise UserError(f"--model_config: unknown key {name!r} for {config_class.model_type}{nearest(name, known)}")
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """Attention repeats each key and value for as many queries; a remainder fails in the first forward."""
+    text = config.get_text_config()
+    heads, shared = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise UserError(
+            f"--model_config: num_attention_heads {heads} must be a multiple of num_key_value_heads {shared}"
+        )
+
+
+def _check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Build it without weights, which finds most mistakes, and compare what they would take with what there is."""
+    # under ZeRO 3 transformers would share out even weights that are not there, unless it thinks it does already
+    with torch.device("meta"), no_init_weights(), set_zero3_state():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    there = psutil.virtual_memory().total
+    if needed > there * (world_size() if is_deepspeed_zero3_enabled() else 1):
+        raise UserError(
+            f"--model_config: {model.num_parameters():,} parameters take {needed / GIB:,.0f} GiB and this machine "
+            f"has {there / GIB:,.0f}; choose smaller ones of vocab_size, hidden_size and num_hidden_layers"
+        )
+
+
+def _reason(fault: Exception, given: dict) -> str:
+    if isinstance(fault, KeyError):  # a name that is looked up in a table, and no more is said than the name
+        for key, value in _leaves(given):
+            if value == fault.args[0]:
+                return f"{key}: there is no {value!r}{nearest(value, [*ACT2FN, *ROPE_INIT_FUNCTIONS])}"
+    kind = "" if isinstance(fault, ValueError | TypeError) else f"{type(fault).__name__}: "
+    return f"{kind}{one_line(fault)}"
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, f"{key}.{name}" if key else name)
+    else:
+        yield key, value

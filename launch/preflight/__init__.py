@@ -1,0 +1,1 @@
+"""--sanity: checks on one device before a long run."""

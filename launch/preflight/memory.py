@@ -1,0 +1,77 @@
+"""What a run will need on each rank, estimated before it starts.
+
+A formula, not a measurement: weights, gradients and optimizer as ZeRO shards them, the head's logits, and the
+activations of a plain transformer layer. Fragmentation, communication buffers and the framework come on top.
+"""
+
+from dataclasses import dataclass
+
+from smoothing.linear.head import default_chunk_bytes
+
+GIB = 2**30
+# Values kept for backward by a transformer layer, in units of tokens·hidden: the inputs of its matrix products,
+# norms and activation function, with attention that keeps no score matrix.
+KEPT_PER_LAYER = 34 / 2
+KEPT_PER_CHECKPOINTED_LAYER = 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the estimate depends on; sizes in elements, `tokens` of one micro-batch on one rank."""
+
+    parameters: int
+    hidden: int
+    layers: int
+    vocab: int
+    tokens: int
+    tensor_parallel: int
+    data_parallel: int
+    zero: int
+    offload: bool
+    low_precision: bool
+    checkpointing: bool
+    head: str
+    chunk_bytes: int | None
+    device: bool  # an accelerator, not a CPU
+
+
+def estimate(setup: Setup) -> dict[str, float]:
+    """GiB a rank by part, and their `total`."""
+    bytes_ = 2 if setup.low_precision else 4
+    own = setup.parameters / setup.tensor_parallel
+    shards = setup.data_parallel
+    weights = own * bytes_ / (shards if setup.zero >= 3 else 1)
+    gradients = own * bytes_ / (shards if setup.zero >= 2 else 1)
+    # Adam's two moments, and with low precision an fp32 copy of the weights
+    optimizer = own * (12 if setup.low_precision else 8) / (shards if setup.zero >= 1 else 1)
+    if setup.offload:
+        weights, optimizer = 0.0, 0.0
+    kept = KEPT_PER_CHECKPOINTED_LAYER if setup.checkpointing else KEPT_PER_LAYER
+    activations = setup.tokens * setup.hidden * setup.layers * kept * bytes_
+    head = _head(setup, bytes_)
+    # ZeRO 1 and 2 update from a flat copy of the gradients, in fp32, when activations and head are gone
+    step = own / shards * (6 if setup.low_precision else 4) if setup.zero in (1, 2) else 0.0
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "head": head,
+        "more in an update": max(0.0, step - activations - head),
+    }
+    return {name: size / GIB for name, size in parts.items()} | {"total": sum(parts.values()) / GIB}
+
+
+def _head(setup: Setup, bytes_: int) -> float:
+    """What the head holds beside its weight and gradient, which is where memory peaks for a large vocabulary."""
+    if setup.head == "dense":
+        # gathered, in fp32, with their log-softmax and gradient
+        return setup.tokens * setup.vocab * (bytes_ + 3 * 4)
+    if setup.head == "sharded":
+        return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * bytes_
+    weight = setup.vocab // setup.tensor_parallel * setup.hidden * 4
+    chunks = setup.chunk_bytes or default_chunk_bytes(weight, setup.device)
+    if not setup.low_precision:
+        return chunks
+    # its gradient summed in fp32; and chunks, for which there is the room that the rounded gradient takes afterwards
+    return weight + max(0.0, chunks - weight / 2)

@@ -1,0 +1,71 @@
+"""A run's own tensor-parallel split of the vocabulary on one machine: as many real processes as it has ranks."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from smoothing import VocabShard, vocab_parallel_cross_entropy
+
+TIME_LIMIT = 300  # seconds
+
+
+def simulate_split(logits_TV: Tensor, target_T: Tensor, smoothing: float, ranks: int) -> tuple[list[float], float]:
+    """The sharded loss of these logits on `ranks` gloo processes on the CPU.
+
+    Returns each rank's loss and the error of the gradient that they computed together, relative to fp64. Raises
+    `RuntimeError` with the ranks' own words if one of them failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((logits_TV, target_T, smoothing), Path(folder) / "input.pt")
+        _start(ranks, folder)
+        answers = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    truth_TV = logits_TV.double().requires_grad_()
+    F.cross_entropy(truth_TV, target_T, label_smoothing=smoothing).backward()
+    gradient_TV = torch.cat([gradient for _, gradient in answers], dim=1).double()
+    error = (gradient_TV - truth_TV.grad).norm() / truth_TV.grad.norm()
+    return [loss for loss, _ in answers], error.item()
+
+
+def _start(ranks: int, folder: str) -> None:
+    """Each rank in a process that imports this module alone; once one has failed the others are killed."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launch.preflight.split", str(ranks), folder]
+    started = [
+        subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(ranks)
+    ]
+    deadline = time.monotonic() + TIME_LIMIT
+    while any(process.poll() is None for process in started):
+        if any(process.poll() for process in started) or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    states = [process.poll() for process in started]
+    for process in started:
+        process.kill()
+    if any(state != 0 for state in states):
+        failed = [process.communicate()[1] for process, state in zip(started, states, strict=True) if state]
+        raise RuntimeError("\n".join(failed) or f"no answer within {TIME_LIMIT} s")
+
+
+def _one_rank(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    logits_TV, target_T, smoothing = torch.load(Path(folder) / "input.pt", weights_only=True)
+    shard = VocabShard.split(logits_TV.shape[1], dist.group.WORLD)
+    own_TS = logits_TV[:, shard.start : shard.stop].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(own_TS, target_T, shard, label_smoothing=smoothing)
+    loss.backward()
+    torch.save((loss.item(), own_TS.grad), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _one_rank(rank=int(sys.argv[3]), ranks=int(sys.argv[1]), folder=sys.argv[2])

@@ -1,0 +1,1 @@
+"""The processes of a run: ranks, launcher, network, signals, watchdog, exit."""

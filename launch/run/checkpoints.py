@@ -1,0 +1,221 @@
+"""Checkpoints that are whole or not there: written aside, sealed with digests, renamed, and looked at before use.
+
+A `checkpoint-N` directory holds a manifest (`launch.run.manifest`). All ranks read and write checkpoints together,
+each a share of the files, on storage that they share.
+"""
+
+import fnmatch
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from launch.common.errors import LocalError, UserError
+from launch.common.text import first_line
+from launch.process.ranks import from_main, is_main, on_all_ranks, rank, say, world_size
+from launch.run.manifest import Entry, Manifest
+
+LATEST = "latest"  # where DeepSpeed says which directory is its own
+MODEL_STATES = "*model_states.pt"
+RNG_STATES = "rng_state*.pth"
+PARTIAL = "checkpoint.partial"
+DAMAGED = "damaged-"  # kept for the user
+REMOVED = "removed-"  # on its way out
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a `checkpoint-N`, or None."""
+    match = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The `checkpoint-N` directories of a run, the latest first."""
+    found = [folder for folder in run.iterdir() if folder.is_dir() and step_of(folder) is not None]
+    return sorted(found, key=step_of, reverse=True)
+
+
+@contextmanager
+def written_aside(run: Path, name: str, facts: dict) -> Iterator[Path]:
+    """A directory to write the checkpoint `name` into from all ranks; it becomes `run/name`, sealed, at the end.
+
+    What goes wrong while it is written or sealed ends the run in a sentence, on the rank that it happens to, and
+    leaves the earlier checkpoints as they were. All ranks must enter together.
+    """
+    aside = run / PARTIAL
+    from_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+    try:
+        yield aside
+        seal(aside / name, facts)
+        from_main(lambda: publish(aside / name, run / name))
+    except UserError as fault:
+        raise UserError(_not_written(run, name, fault)) from None
+    except Exception as fault:
+        if not _of_writing(fault):
+            raise
+        raise LocalError(_not_written(run, name, fault)) from fault
+    finally:
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(folder: Path, facts: dict) -> None:
+    """Bring every file to disk and write the manifest. Collectives: two gathers of objects and a broadcast."""
+    files = from_main(lambda: _files(folder))
+    shares = on_all_ranks(lambda: {name: Entry.of(folder / name, flush=True) for name in _share(files)})
+    entries = {name: entry for share in shares for name, entry in share.items()}
+    from_main(lambda: _write_manifest(folder, Manifest(facts=facts, files=entries)))
+
+
+def publish(sealed: Path, final: Path) -> None:
+    """Rename a sealed checkpoint to its place, and bring the renaming to disk."""
+    old = final.with_name(f"{REMOVED}{final.name}")
+    if final.exists():  # this step's own, from before the run was resumed at an earlier one
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    sealed.rename(final)
+    _flush_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def rotate(run: Path, keep: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints but `keep` (at least one) and the best. For rank 0."""
+    if keep is None:
+        return
+    for folder in checkpoints(run)[max(1, keep) :]:
+        if best is None or folder.resolve() != Path(best).resolve():
+            # renamed first: half of a removed checkpoint must not look like one
+            doomed = run / f"{REMOVED}{folder.name}"
+            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(folder.rename(doomed), ignore_errors=True)
+
+
+def last_whole(run: Path) -> Path | None:
+    """The latest checkpoint whose files are those that were written. Others are set aside, with a sentence."""
+    for folder in from_main(lambda: checkpoints(run)):
+        fault = damage(folder)
+        if fault is None:
+            return folder
+        kept = from_main(lambda folder=folder: _set_aside(folder))
+        say(f"{folder} is not whole: {fault}; it is now {kept}, and the one before it is taken")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Collectives: two broadcasts and a gather of objects."""
+    manifest = from_main(lambda: Manifest.read(folder))
+    if isinstance(manifest, str):
+        return manifest
+    entries = manifest.files
+    shares = on_all_ranks(lambda: {name: entries[name].fault(folder / name) for name in _share(entries)})
+    faults = [f"{name} {fault}" for share in shares for name, fault in share.items() if fault]
+    return faults[0] if faults else from_main(lambda: _state_fault(folder, list(entries)))
+
+
+def _state_fault(folder: Path, sealed: list[str]) -> str | None:
+    """What is wrong with the files that say where the run stood, though those sealed are those that were written."""
+    try:
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if type(state.global_step) is not int or step_of(folder) not in (None, state.global_step):
+            return f"{TRAINER_STATE_NAME} is of step {state.global_step!r}"
+        if not isinstance(state.log_history, list):
+            return f"{TRAINER_STATE_NAME} has no list of what was logged"
+    except OSError:
+        return f"it has no {TRAINER_STATE_NAME}"
+    except (ValueError, TypeError, RecursionError) as fault:
+        return f"{TRAINER_STATE_NAME} cannot be read ({fault})"
+    try:
+        latest = (folder / LATEST).read_text(encoding="utf-8").strip()
+        if latest not in {path.name for path in folder.iterdir() if path.is_dir()}:
+            return f"{LATEST} names no directory of it"
+    except (OSError, ValueError):
+        return f"it has no {LATEST} that can be read"
+    needed = (TRAINER_STATE_NAME, LATEST, f"{latest}/{MODEL_STATES}", RNG_STATES)
+    return next((f"it has no {pattern}" for pattern in needed if not fnmatch.filter(sealed, pattern)), None)
+
+
+@contextmanager
+def reading(checkpoint: Path | None) -> Iterator[None]:
+    """Say in a sentence why this checkpoint was not read: it is another model's, or holds more than weights."""
+    try:
+        yield
+    except RuntimeError as fault:
+        if "loading state_dict" not in str(fault):
+            raise
+        first = next((line.strip() for line in str(fault).splitlines()[1:] if line.strip()), "")
+        raise LocalError(f"{checkpoint} is not of this run's model: {first}") from None
+    except UnpicklingError as fault:
+        named = re.search(r"GLOBAL (\S+)", str(fault))
+        raise LocalError(
+            f"a file of {checkpoint} asks for {named[1] if named else 'an object'} where tensors and numbers were "
+            "expected, and was not read since that could run any code; go on from a checkpoint that you trust"
+        ) from None
+
+
+def facts_of(folder: Path) -> dict:
+    """What the run that wrote a whole checkpoint said of itself."""
+    return Manifest.read(folder).facts
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _share(files) -> list[str]:
+    """This rank's part of the files to read."""
+    return sorted(files)[rank() :: world_size()]
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    manifest.write(folder)
+    _flush_directories(folder)
+
+
+def flush(folder: Path) -> None:
+    """Bring a directory and all that it holds to disk."""
+    for name in _files(folder):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    _flush_directories(folder)
+
+
+def _flush_directories(folder: Path) -> None:
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _flush_directory(path)
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(folder: Path) -> str:
+    name = f"{DAMAGED}{folder.name}"
+    names = chain([name], (f"{name}.{number}" for number in count(1)))
+    kept = next(path for path in map(folder.with_name, names) if not path.exists())
+    folder.rename(kept)
+    return kept.name
+
+
+def _of_writing(fault: Exception) -> bool:
+    """Whether a file could not be written: torch says so in a RuntimeError, as a lost peer is said in another."""
+    writers = ("PytorchStreamWriter", "inline_container", "iostream", "unexpected pos")
+    return isinstance(fault, OSError | SafetensorError) or any(word in str(fault) for word in writers)
+
+
+def _not_written(run: Path, name: str, fault: Exception) -> str:
+    earlier = checkpoints(run)
+    stands = f"{earlier[0]} stands, and the same command goes on from it" if earlier else "there is none before it"
+    reason = f"{first_line(fault)}; {shutil.disk_usage(run).free / 2**30:.1f} GiB are free there"
+    return f"{run / name} could not be written ({reason}): the run stops; {stands}"

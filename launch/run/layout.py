@@ -1,0 +1,31 @@
+"""What a checkpoint has to know of the run that wrote it: how it is laid out over ranks, and its data."""
+
+from collections.abc import Callable
+
+from launch.common.errors import UserError
+from launch.config.options import SftOptions, SftTrainingArguments
+from launch.data.load import EncodedData
+from launch.process.ranks import on_all_ranks
+
+
+def layout(options: SftOptions, args: SftTrainingArguments, data: EncodedData) -> dict:
+    """The facts that go into its manifest. Collectives: one gather of objects. Raises `UserError`."""
+    replicas = args.world_size // options.tp
+    return {
+        "tp": options.tp,
+        "data_parallel": replicas,
+        "zero": args.hf_deepspeed_config.config["zero_optimization"]["stage"],
+        "rows_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas,
+        "data": same_everywhere(data.digest),
+    }
+
+
+def same_everywhere(digest: Callable[[], str]) -> str:
+    """The digest of the rows. Raises `UserError` if ranks have read other ones, say from other files on each node."""
+    digests = on_all_ranks(digest)
+    if other := [rank for rank, value in enumerate(digests) if value != digests[0]]:
+        raise UserError(
+            f"the rows to train on are not the same on all ranks: rank(s) {other} have read others than rank 0; give "
+            "every node the same files"
+        )
+    return digests[0]

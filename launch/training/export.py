@@ -1,0 +1,59 @@
+"""The trained model, consolidated from all ranks, as Hugging Face's `from_pretrained` wants it."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from launch.process.ranks import from_main
+from launch.run.checkpoints import flush
+from launch.training.nonfinite import check_weights
+from launch.training.trainer import SftTrainer
+
+MODEL = "model"
+WEIGHTS = "*.safetensors"
+
+
+def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> Path:
+    """Write `output_dir/model` from all ranks' shards; it appears whole or not at all. All ranks must call it.
+
+    Raises `RuntimeError` if a weight is missing or has another shape than its configuration says, and `UserError` if
+    one is not finite that was when training began.
+    """
+    partial, final = Path(output_dir) / f"{MODEL}.partial", Path(output_dir) / MODEL
+    weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
+
+    def write() -> None:
+        model = trainer.model
+        model.config.use_cache = True
+        # ZeRO 3 gathers tied weights one by one, as copies; from_pretrained ties them again
+        once = {name: weight for name, weight in weights.items() if name not in tied_names(model)}
+        assert_complete(once, type(model), model.config)
+        check_weights(once.items(), trainer.not_finite, "no model is exported")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=once)
+        tokenizer.save_pretrained(partial)
+        flush(partial)
+        partial.rename(final)
+
+    from_main(write)
+    return final
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of weights that are another weight's, and are not written."""
+    return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+
+
+def assert_complete(weights: dict[str, torch.Tensor], model_class: type, config) -> None:
+    """Hold the consolidated weights' names and shapes to those of a model built anew from the configuration."""
+    with torch.device("meta"):
+        # the class itself: under ZeRO 3 `from_config` would partition the model, with collectives, on this rank alone
+        model = model_class(config)
+    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    got = {name: tuple(weight.shape) for name, weight in weights.items()}
+    missing = wanted.keys() - got.keys() - tied_names(model)
+    wrong = {name: (shape, wanted.get(name)) for name, shape in got.items() if wanted.get(name) != shape}
+    if missing or wrong:
+        raise RuntimeError(f"the weights to export are not whole: missing {sorted(missing)}, (got, expected) {wrong}")

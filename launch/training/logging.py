@@ -1,0 +1,89 @@
+"""What a run shows and writes while it trains, on rank 0: a progress bar, a line a log, `metrics.jsonl`."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from launch.common.atomic_files import write_whole
+
+WRITTEN = {
+    "loss": "loss",
+    "nll": "nll",
+    "accuracy": "accuracy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+    "label_tokens": "label_tokens",
+    "tokens": "tokens",
+    "tokens_per_second": "tokens_per_second",
+    "peak_memory_gib": "peak_memory_gib",
+    "eval_nll": "eval_nll",
+    "eval_accuracy": "eval_accuracy",
+    "eval_label_tokens": "eval_label_tokens",
+}
+
+
+class ResolvedDeepSpeed(TrainerCallback):
+    """Writes `deepspeed.json`, once Trainer has put the recipe's values where the file says "auto"."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            config = json.dumps(args.hf_deepspeed_config.config, indent=2, default=str)
+            write_whole(Path(args.output_dir) / "deepspeed.json", config + "\n")
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one JSON object to `metrics.jsonl` for every logged step and every evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and ("loss" in logs or "eval_nll" in logs):
+            row = {name: finite(logs[key]) for key, name in WRITTEN.items() if key in logs}
+            row = {"step": state.global_step} | row
+            with (Path(args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+class Progress(ProgressCallback):
+    """A bar where someone watches, and one line for each log that a person can read."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            line = (
+                f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  nll {logs['nll']:.4f}  "
+                f"accuracy {logs['accuracy']:.1%}  grad_norm {logs.get('grad_norm', 0.0):.2f}  "
+                f"lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s"
+            )
+        elif "eval_nll" in logs:
+            line = (
+                f"step {state.global_step:>5}/{state.max_steps}  held out: eval_nll {logs['eval_nll']:.4f}  "
+                f"accuracy {logs['eval_accuracy']:.1%}  over {logs['eval_label_tokens']:,} label tokens"
+            )
+        else:
+            return
+        self.training_bar.write(line) if self.training_bar is not None else print(line, flush=True)

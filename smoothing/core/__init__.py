@@ -1,0 +1,1 @@
+"""What every loss shares: options, arguments, the header that ranks compare, statistics, collectives."""

@@ -1,0 +1,171 @@
+"""The two passes over a shard's logits, and what is between them, as torch operations on a few rows at a time.
+
+Legend: T tokens, S columns of this rank (padding included), K real ones, n rows of a chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from smoothing.core import agreement
+from smoothing.core.call import LossCall
+from smoothing.core.statistics import Combined, ShardStatistics, add_up, token_loss
+
+# Rows are looked at in chunks, in the statistics' dtype. On the CPU a chunk stays in cache; on a device it only has
+# to be small beside the logits and large beside a launch.
+CHUNK_ELEMENTS = 1 << 18
+DEVICE_CHUNK_ELEMENTS = 1 << 26
+
+
+def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bool = True) -> ShardStatistics:
+    """This rank's statistics, `[T]` each, of logits with these targets. Tokens without a label are not looked at.
+
+    `with_prior=False`: Σ u_v z_v is not taken.
+    """
+    count, device, dtype = len(target), logits_TS.device, call.statistics_dtype
+    if call.shard.real_size == 0:
+        return ShardStatistics.nothing(count, call.soft, with_prior, dtype=dtype, device=device)
+    # ones and zeros: the statistics of a token that is left out stay finite all the way
+    maximum_T, label_T = (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
+    sum_exp_T = torch.ones_like(maximum_T)
+    prior_T = torch.zeros_like(maximum_T) if with_prior else None
+    label_mass_T = torch.zeros_like(maximum_T) if call.soft else None
+    for chunk in _row_chunks(logits_TS, target, call):
+        z_nK = _capped(logits_TS, chunk, call)
+        max_n = z_nK.amax(1)
+        maximum_T[chunk] = max_n
+        z_nK.sub_(finite_or_zero(max_n).unsqueeze(1))
+        if call.soft:
+            p_nK = target[chunk, : call.shard.real_size].to(dtype)
+            label_T[chunk] = weighted_sum(p_nK, z_nK)
+            label_mass_T[chunk] = p_nK.sum(1)
+        else:
+            owned_n, column_n = call.local_target(target[chunk])
+            label_T[chunk] = torch.where(owned_n, z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1), 0.0)
+        if with_prior and call.options.label_smoothing > 0:
+            uniform = call.prior is None
+            prior_T[chunk] = z_nK.sum(1) / call.shard.vocab_size if uniform else weighted_sum(call.prior, z_nK)
+        sum_exp_T[chunk] = z_nK.exp_().sum(1)
+    return ShardStatistics(maximum_T, sum_exp_T, label_T, prior_T, label_mass_T)
+
+
+def combine(
+    stats_RFT: Tensor, headers_RH: Tensor | None, target: Tensor, call: LossCall, with_prior: bool = True
+) -> tuple[Combined, Tensor, Tensor | None]:
+    """All ranks' statistics added up, `call.softmax_scale` of them, and the losses, 0 where there is no label.
+
+    `headers_RH`: the ranks' headers, None for one rank. `with_prior=False`: the statistics have no Σ u_v z_v, and no
+    loss is known yet.
+    """
+    owner_T = None if call.soft else _owner(target, headers_RH, call.shard.vocab_size)
+    if headers_RH is None:
+        mass_R = stats_RFT.new_ones(1)
+    else:
+        mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64)
+    combined = add_up(stats_RFT, owner_T, mass_R if with_prior else None)
+    loss_T = None
+    if with_prior:
+        loss_T = token_loss(combined, call.options.label_smoothing, call.options.z_loss)
+        if not call.soft:
+            loss_T = loss_T.masked_fill(target == call.options.ignore_index, 0.0)
+    return combined, call.softmax_scale(combined), loss_T
+
+
+def gradient(
+    logits_TS: Tensor,
+    target: Tensor,
+    call: LossCall,
+    base_T: Tensor,
+    scale_T: Tensor,
+    weight_T: Tensor,
+    out_TS: Tensor,
+    with_prior: bool = True,
+) -> Tensor:
+    """The gradient of the logits into `out_TS`, which may be their memory, row by row, in a narrower dtype too.
+
+        ∂z_v = weight·(scale·exp(z_v - base) - (1-ε)·q_v - ε·u_v)·(1 - (z_v/cap)²)
+
+    `base` and `scale` `[T]` make a probability (times its factor from a z-loss) of a logit, `weight` `[T]` is what
+    the loss is scaled by, `q` the labels. Columns past the real ones and rows without a label become 0.
+    `with_prior=False` leaves ε·u out.
+    """
+    cap, real_size = call.options.logit_softcap, call.shard.real_size
+    unlabelled_T = None if call.soft else target == call.options.ignore_index
+    rows = _labelled_rows(target, call)
+    for chunk in _row_chunks(logits_TS, target, call):
+        z_nK = _capped(logits_TS, chunk, call)
+        slope_nK = None if cap is None else 1 - (z_nK / cap).square_()
+        grad_nK = z_nK.sub_(base_T[chunk, None]).exp_().mul_(scale_T[chunk, None])
+        _subtract_labels(grad_nK, target[chunk], call, with_prior)
+        grad_nK.mul_(weight_T[chunk, None])
+        if slope_nK is not None:
+            grad_nK.mul_(slope_nK)
+        if rows is None and unlabelled_T is not None:
+            grad_nK.masked_fill_(unlabelled_T[chunk].unsqueeze(1), 0.0)
+        out_TS[chunk, :real_size] = grad_nK.to(out_TS.dtype)
+    if rows is not None:
+        out_TS[unlabelled_T] = 0
+    out_TS[:, real_size:] = 0
+    return out_TS
+
+
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient *= factor`, one number; on the CPU nothing is done where that is 1."""
+    if gradient.device.type != "cpu" or factor != 1:
+        gradient.mul_(factor)
+
+
+def finite_or_zero(maximum_n: Tensor) -> Tensor:
+    """What logits are taken relative to: where all are -inf there is no maximum, and nothing that needs one."""
+    return torch.where(maximum_n == -torch.inf, 0.0, maximum_n)
+
+
+def weighted_sum(weight: Tensor, z_nK: Tensor) -> Tensor:
+    """`Σ_v w_v z_v`, where 0·(-inf) is a column that the weight leaves out, not a NaN."""
+    return torch.where(weight != 0, weight * z_nK, 0.0).sum(1)
+
+
+def _owner(label_n: Tensor, headers_RH: Tensor | None, vocab_size: int) -> Tensor:
+    """The rank that holds each label."""
+    if headers_RH is None:
+        return torch.zeros_like(label_n)
+    starts_R = headers_RH[:, agreement.START].contiguous()
+    return torch.bucketize(label_n.clamp(0, vocab_size - 1), starts_R, right=True) - 1
+
+
+def _capped(logits_TS: Tensor, chunk, call: LossCall) -> Tensor:
+    """A working copy of these rows' real logits in the statistics' dtype, capped if so asked."""
+    z_nK = logits_TS[chunk][:, : call.shard.real_size].to(call.statistics_dtype, copy=True)
+    if (cap := call.options.logit_softcap) is None:
+        return z_nK
+    return z_nK.div_(cap).tanh_().mul_(cap)
+
+
+def _subtract_labels(grad_nK: Tensor, target_n: Tensor, call: LossCall, with_prior: bool) -> None:
+    """`grad -= q`, the smoothed labels `(1-ε)·p + ε·u` (or only the first), in place."""
+    epsilon = call.options.label_smoothing
+    if with_prior and epsilon > 0:
+        grad_nK.sub_(epsilon / call.shard.vocab_size if call.prior is None else epsilon * call.prior)
+    if call.soft:
+        grad_nK.sub_(target_n[:, : call.shard.real_size].to(grad_nK.dtype), alpha=1 - epsilon)
+    elif grad_nK.shape[1] > 0:
+        owned_n, column_n = call.local_target(target_n)
+        share_n1 = owned_n.unsqueeze(1).to(grad_nK.dtype) * (1 - epsilon)
+        grad_nK.scatter_add_(1, column_n.unsqueeze(1), -share_n1)
+
+
+def _labelled_rows(target: Tensor, call: LossCall) -> Tensor | None:
+    """Indices of the tokens that have a label; None for "look at all", which needs no synchronisation."""
+    if call.soft or target.device.type != "cpu":
+        return None
+    valid_T = target != call.options.ignore_index
+    return None if bool(valid_T.all()) else valid_T.nonzero().squeeze(1)
+
+
+def _row_chunks(logits_TS: Tensor, target: Tensor, call: LossCall):
+    """Index chunks over the rows with a label (or slices over all) of about the chunk size in elements."""
+    elements = CHUNK_ELEMENTS if logits_TS.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    step = max(1, elements // max(1, logits_TS.shape[1]))
+    rows = _labelled_rows(target, call)
+    if rows is None:
+        return (slice(start, start + step) for start in range(0, len(target), step))
+    return iter(rows.split(step)) if len(rows) else iter(())

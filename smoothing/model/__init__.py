@@ -1,0 +1,1 @@
+"""A loss inside a Hugging Face model: its output head, its forward, what it supports."""

@@ -1,0 +1,87 @@
+"""A model's output head while a loss is installed: it gives what the forward under way asks for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from smoothing.model.forward_state import Gives, Turn
+from smoothing.model.gather_logits import gather_logits
+from smoothing.model.support import UnsupportedModel
+from smoothing.shard import VocabShard
+
+# What travels to the loss beside the loss itself: known numbers (a range: made where they are needed, without a copy
+# from the host) that show what the model does to its logits.
+PROBES = (-2, 9, 5)
+
+
+class OutputHead:
+    """Replaces `head.forward` until `remove`.
+
+    It happens in the head's own forward, so whatever gathers its weight (the hooks of ZeRO-3) and waits for its
+    gradient works as for a plain head. `softcap`: what the model itself caps its logits with, after the head.
+    """
+
+    def __init__(self, head: nn.Module, shard: VocabShard | None, softcap: float | None):
+        self.head, self.shard, self.softcap = head, shard, softcap
+        self.turn = Turn()
+        self._probed = False
+        self._own = vars(head).get("forward")
+        self._plain = head.forward
+        head.forward = self.forward
+
+    def remove(self) -> None:
+        """Put back the head's own forward."""
+        if self._own is not None:
+            self.head.forward = self._own
+        else:
+            vars(self.head).pop("forward", None)
+
+    @contextmanager
+    def giving(self, turn: Turn) -> Iterator[None]:
+        """For one forward of the model; a turn ends with it, also where it raises."""
+        before, self.turn = self.turn, turn
+        try:
+            yield
+        finally:
+            self.turn = before
+
+    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        """In the place of `head.forward`. Collectives: two all-gathers for all logits of a sharded head."""
+        turn = self.turn
+        if turn.gives is Gives.LOSS:
+            if turn.placeholder is not None:
+                raise UnsupportedModel(
+                    "this model calls its output head more than once in a forward, and head='fused' cannot tell "
+                    "which call its labels are for; use head='sharded'"
+                )
+            loss = turn.loss(hidden, self.head)
+            probes = torch.arange(*PROBES, dtype=loss.dtype, device=loss.device)
+            turn.placeholder = torch.cat([loss.view(1), probes]).view(1, 1, -1)
+            return turn.placeholder
+        logits = self._plain(hidden, *args, **kwargs)
+        if self.shard is not None and turn.gives is Gives.ALL_LOGITS:
+            return gather_logits(logits, self.shard)
+        return logits
+
+    def loss_behind(self, logits: Tensor) -> Tensor:
+        """The loss, from what the model made of the placeholder in passing it on as "logits".
+
+        Raises `UnsupportedModel` if the model did more to it than its softcap: so it would have changed its logits.
+        """
+        placeholder = self.turn.placeholder.flatten()
+        seen = logits.flatten()
+        if not self._probed or logits.device.type == "cpu":  # on a device it costs a synchronisation, hence once
+            cap, probes = self.softcap, placeholder[1:].detach()
+            expected = probes if cap is None else cap * torch.tanh(probes / cap)
+            rtol = max(1e-5, 8 * torch.finfo(logits.dtype).eps)
+            same_shape = seen.shape == placeholder.shape
+            if not same_shape or not torch.allclose(seen[1:].detach().to(expected.dtype), expected, rtol=rtol):
+                raise UnsupportedModel(
+                    "this model changes its logits between output head and loss, which head='fused' never makes; "
+                    "use head='sharded'"
+                )
+            self._probed = True
+        # what was passed on may carry hooks (ZeRO-3's), and so has to stay on the path of the gradient
+        return placeholder[0] + 0 * seen[1]

@@ -1,0 +1,320 @@
+"""Whatever a file holds, the user gets a DataError or a counted rejection with file:line."""
+
+import gzip
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from launch.data.load import encode_examples, load_sft_data, read_examples
+from launch.data.records import DataError, DropReport
+from launch.data.sources.files import read_records
+from launch.data.train_tokenizer import train_tokenizer
+from launch.process.ranks import say
+
+GOOD = b'{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["some words to learn from, in a sentence\n"] * 5, 300)
+
+
+def row(**fields) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+BAD_LINES = {
+    "broken JSON": (b'{"prompt": "a", \n', "broken JSON"),
+    "extra data": (b'{"prompt": "a", "completion": "b"} x\n', "broken JSON"),
+    "NaN": (b'{"prompt": NaN, "completion": "b"}\n', "broken JSON"),
+    "nested too deeply": (b"[" * 100_000 + b"\n", "broken JSON"),
+    "huge number": (b'{"prompt": ' + b"9" * 5000 + b"}\n", "broken JSON"),
+    "a list": (b"[1, 2]\n", "not a JSON object"),
+    "a string": (b'"text"\n', "not a JSON object"),
+    "not UTF-8": (b'{"prompt": "\xff", "completion": "b"}\n', "not UTF-8"),
+    "null bytes": (b'{"prompt": "\0", "completion": "b"}\n', "null bytes"),
+    "duplicate keys": (b'{"prompt": "a", "prompt": "c", "completion": "b"}\n', "duplicate keys"),
+    "duplicate keys inside": (b'{"messages": [{"role": "user", "role": "tool"}]}\n', "duplicate keys"),
+    "unrecognised": (row(text="b"), "unrecognised fields"),
+    "no fields": (b"{}\n", "unrecognised fields"),
+    "missing completion": (row(prompt="a"), "unrecognised fields"),
+    "null completion": (row(prompt="a", completion=None), "completion is not text"),
+    "prompt a number": (row(prompt=1, completion="b"), "prompt is not text"),
+    "completion a list": (row(prompt="a", completion=["b"]), "completion is not text"),
+    "empty completion": (row(prompt="a", completion=""), "empty completion"),
+    "blank completion": (row(prompt="a", completion=" \n"), "empty completion"),
+    "blank answer": (row(question="a", answer=" "), "empty answer"),
+    "blank output": (row(instruction="a", output=""), "empty output"),
+    "input a number": (row(instruction="a", input=3, output="b"), "input is not text"),
+    "half a surrogate pair": (row(prompt="\ud800", completion="b"), "prompt holds half a surrogate pair"),
+    "end token inside": (
+        row(prompt="a", completion="b</s>c"),
+        "completion holds the end token before its end",
+    ),
+    "only an end token": (row(prompt="a", completion="</s>"), "completion has no tokens"),
+    "too long": (row(prompt="a", completion="zq" * 99), "completion longer than max_length 64"),
+    "messages no list": (row(messages="hi"), "messages is not a list of messages"),
+    "messages empty": (row(messages=[]), "messages is not a list of messages"),
+    "message a string": (row(messages=["hi"]), "a message is not {role, content}"),
+    "message without content": (row(messages=[{"role": "user"}]), "a message is not {role, content}"),
+    "unknown role": (row(messages=[{"role": "bot", "content": "x"}]), "unknown role"),
+    "role a list": (row(messages=[{"role": [], "content": "x"}]), "unknown role"),
+    "content null": (row(messages=[{"role": "assistant", "content": None}]), "content is not text"),
+    "empty assistant": (row(messages=[{"role": "assistant", "content": ""}]), "empty assistant message"),
+    "user last": (
+        row(messages=[{"role": "user", "content": "x"}]),
+        "the last message is not the assistant's",
+    ),
+    "ids as text": (row(input_ids="[1, 2]", labels=[1, 2]), "input_ids is not a list of integers"),
+    "ids as booleans": (row(input_ids=[True, 2], labels=[1, 2]), "input_ids is not a list of integers"),
+    "ids outside": (row(input_ids=[1, 10**9], labels=[-100, 10**9]), "input_ids outside [0, 300)"),
+    "ids negative": (row(input_ids=[1, -1], labels=[-100, -1]), "input_ids outside [0, 300)"),
+    "lengths differ": (row(input_ids=[1, 2], labels=[2]), "input_ids and labels differ in length"),
+    "no label": (row(input_ids=[5, 6], labels=[-100, -100]), "no label tokens"),
+    "label only at 0": (row(input_ids=[5, 6], labels=[5, -100]), "no label tokens"),
+    "labels shifted": (
+        row(input_ids=[5, 6], labels=[6, -100]),
+        "labels are neither -100 nor the input id at their place (shifted already?)",
+    ),
+    "ids too long": (row(input_ids=[5] * 65, labels=[5] * 65), "row longer than max_length 64"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_line_is_counted_with_its_place(tmp_path, tokenizer, line, reason):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD + b"\r\n" + line + GOOD)
+    examples = read_examples(str(path))
+    data = encode_examples(examples, tokenizer, 64)
+    assert data.train["where"][:] == [f"{path}:1", f"{path}:4"]
+    assert [(r.where, r.reason) for r in data.report.rejections] == [(f"{path}:3", reason)]
+    assert data.report.counts() == {reason: 1}
+    assert f"1 x {reason}: {path}:3" in data.report.summary()
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES)
+def test_strict_names_the_bad_line(tmp_path, tokenizer, line, reason):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(GOOD + line)
+    with pytest.raises(DataError) as caught:
+        load_sft_data(str(path), tokenizer=tokenizer, max_length=64, strict=True)
+    assert str(caught.value).startswith(f"{path}:2: {reason}")
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES)
+def test_nothing_but_bad_lines_is_an_error(tmp_path, tokenizer, line, reason):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(DataError, match=r"No training rows are left|No format is recognised"):
+        load_sft_data(str(path), tokenizer=tokenizer, max_length=64)
+
+
+def test_a_line_that_never_ends_is_passed_over(tmp_path):
+    """70 MiB, from 70 KiB of gzip."""
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD + b'{"prompt": "' + b"a" * (70 << 20) + b'"}\n' + GOOD))
+    report = DropReport()
+    assert [record.where for record in read_records(str(path), report)] == [f"{path}:1", f"{path}:3"]
+    assert [str(r) for r in report.rejections] == [f"{path}:2: absurdly long line (more than 64 MiB)"]
+
+
+BAD_FILES = {
+    "empty": ("a.jsonl", b""),
+    "blank lines": ("a.jsonl", b"\n \r\n\n"),
+    "a picture": ("a.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(range(256))),
+    "control bytes": ("a.json", bytes(range(32)) * 10),
+    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16")),
+    "not gzip": ("a.jsonl.gz", GOOD),
+    "unknown kind": ("a.txt", GOOD),
+    "no suffix": ("a", GOOD),
+    "JSON a number": ("a.json", b"3"),
+    "JSON blank": ("a.json", b"  \n"),
+    "JSON empty list": ("a.json", b"[]"),
+    "JSON not UTF-8": ("a.json", b'["\xff"]'),
+    "JSON cut": ("a.json", b"["),
+    "Parquet garbage": ("a.parquet", b"PAR1 but no more"),
+    "Parquet text": ("a.parquet", GOOD),
+    "CSV header only": ("a.csv", b"prompt,completion\n"),
+    "CSV header twice": ("a.csv", b"prompt,prompt\na,b\n"),
+    "CSV header unnamed": ("a.csv", b"prompt,\na,b\n"),
+    "CSV blank": ("a.csv", b"\n\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file_is_an_error_that_names_it(tmp_path, tokenizer, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_sft_data(str(path), tokenizer=tokenizer)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/no/such/place", "", " ", "a\0b", "x" * 5000])
+def test_missing_source_is_an_error(name):
+    with pytest.raises(DataError):
+        read_records(name, DropReport())
+
+
+def test_directory_without_data_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(DataError, match="holds none"):
+        read_records(str(tmp_path), DropReport())
+
+
+def test_unusable_file_of_a_directory_is_counted_and_strict_names_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.parquet").write_bytes(GOOD)
+    report = DropReport()
+    assert len(read_records(str(tmp_path), report)) == 1
+    assert [(r.where, r.reason) for r in report.rejections] == [(f"{tmp_path}/b.parquet:1", "unusable file")]
+    with pytest.raises(DataError, match=r"b\.parquet"):
+        read_records(str(tmp_path), DropReport(), strict=True)
+
+
+@pytest.mark.parametrize("damage", [slice(0, -9), slice(0, 300)], ids=["no trailer", "half"])
+def test_truncated_gzip_keeps_what_can_be_read(tmp_path, damage):
+    lines = [row(prompt=str(n * 7919 % 1000), completion=str(n)) for n in range(500)]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(lines))[damage])
+    report = DropReport()
+    records = read_records(str(path), report)
+    assert [r.reason for r in report.rejections] == ["damaged gzip, the rest of the file is lost"]
+    assert [record.fields["completion"] for record in records] == [str(n) for n in range(len(records))]
+    assert report.rejections[0].where == f"{path}:{len(records) + 1}"
+
+
+CSV_ROWS = {
+    "too few columns": (b"a\n", "wrong number of columns"),
+    "too many columns": (b"a,b,c\n", "wrong number of columns"),
+    "not UTF-8": (b"\xff,b\n", "not UTF-8"),
+    "null bytes": (b"a\0,b\n", "null bytes"),
+    "text after a quote": (b'"a"x,b\n', "broken CSV"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), CSV_ROWS.values(), ids=CSV_ROWS)
+def test_bad_csv_row_is_counted(tmp_path, line, reason):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,completion\n"two\nlines",x\n' + line + b"p,q\n")
+    report = DropReport()
+    records = read_records(str(path), report)
+    assert [record.where for record in records] == [f"{path}:2", f"{path}:5"]
+    assert [(r.where, r.reason) for r in report.rejections] == [(f"{path}:4", reason)]
+
+
+QUOTES = {
+    "in its first line": (b'"c,d\n' + b"e,f\n" * 499, "a quote opened at line 3 is never closed: 500 lines are lost"),
+    "in a later line": (b'"c\nd","e\n\nf', "a quote opened at line 4 is never closed: 4 lines are lost with it"),
+    "at the end": (b'c,"', "a quote opened at line 3 is never closed: 1 line is lost with it"),
+    "doubled": (b'"c ""d"" e\r\n', "a quote opened at line 3 is never closed: 1 line is lost with it"),
+    "closed by another": (b'"c,d\ne,f\n"g,h\n', "',' expected after '\"', line 5: 3 lines are lost with it"),
+}
+
+
+@pytest.mark.parametrize(("lines", "detail"), QUOTES.values(), ids=QUOTES)
+def test_csv_quote_that_is_not_closed(tmp_path, lines, detail):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\na,b\n" + lines)
+    report = DropReport()
+    assert len(read_records(str(path), report)) == 1
+    (rejected,) = report.rejections
+    assert (rejected.where, rejected.reason) == (f"{path}:3", "broken CSV")
+    assert rejected.detail.startswith(detail)
+
+
+JSON_LISTS = {
+    "NaN in one item": (b'[\n{"a": 1},\n{"a": NaN},\n{"a": 3}]', [2, 4], 3),
+    "duplicate keys": (b'[\n{"a": 1},\n{"a": 1, "a": 2},\n{"a": 3}]', [2, 4], 3),
+    "a number among objects": (b'[\n{"a": 1},\n7,\n{"a": 3}]', [2, 4], 3),
+    "a missing comma": (b'[\n{"a": 1},\n{"a": 2}\n{"a": 3}]', [2], 3),
+    "cut": (b'[\n{"a": 1},\n{"a": ', [2], 3),
+    "more after the list": (b'[\n{"a": 1}\n] x', [2], 3),
+}
+
+
+@pytest.mark.parametrize(("content", "kept", "dropped"), JSON_LISTS.values(), ids=JSON_LISTS)
+def test_json_list_names_lines(tmp_path, content, kept, dropped):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    report = DropReport()
+    records = read_records(str(path), report)
+    assert [record.where for record in records] == [f"{path}:{line}" for line in kept]
+    assert [r.where for r in report.rejections] == [f"{path}:{dropped}"]
+
+
+def test_parquet_with_two_columns_of_one_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array([text]) for text in "abc"]
+    pyarrow.parquet.write_table(pyarrow.table(columns, ["prompt", "completion", "prompt"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet has two columns named 'prompt'"):
+        read_records(str(path), DropReport())
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.parquet"])
+def test_gzip_under_another_name_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(GOOD))
+    with pytest.raises(DataError, match=r"holds gzip; unpack it, or name it \.jsonl\.gz"):
+        read_records(str(path), DropReport())
+
+
+def test_parquet_with_null_and_number(tmp_path, tokenizer):
+    path = tmp_path / "a.parquet"
+    rows = [{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    data = load_sft_data(str(path), tokenizer=tokenizer)
+    assert data.train["where"][:] == [f"{path}:2"]
+    assert data.report.counts() == {"completion is not text": 1}
+
+
+def test_hub_failure_is_an_error_that_says_what_to_do(monkeypatch):
+    import datasets
+
+    def unreachable(name, config, split):
+        assert (name, config, split) == ("openai/gsm8k", "main", "test")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"no network.*local file"):
+        read_records("openai/gsm8k:main:test", DropReport())
+
+
+def test_hub_rows_become_records(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows)
+    (record,) = read_records("someone/something:test", DropReport())
+    assert record.fields == {"prompt": "a", "completion": "b"}
+    assert record.where == "someone/something:test:1"
+
+
+def test_half_a_character_can_be_shown(tmp_path, tokenizer, capsysbinary):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b'{"\\ud800": 1}\n')
+    data = load_sft_data(str(path), tokenizer=tokenizer)
+    say(data.report.summary())
+    assert rb"\ud800" in capsysbinary.readouterr().out
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path, tokenizer):
+    path = os.fsencode(tmp_path) + b"/bad\xff.jsonl"
+    with open(path, "wb") as file:
+        file.write(GOOD * 2)
+    data = load_sft_data(os.fsdecode(path), tokenizer=tokenizer)
+    assert data.train["where"][0].endswith(r"bad\udcff.jsonl:1")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.date32(), pyarrow.timestamp("ms"), pyarrow.duration("s")], ids=str)
+def test_parquet_with_a_time_past_all_calendars(tmp_path, tokenizer, kind):
+    path = tmp_path / "a.parquet"
+    days = kind == pyarrow.date32()
+    wild = pyarrow.array([2**31 - 1 if days else 2**62], pyarrow.int32() if days else pyarrow.int64()).view(kind)
+    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": wild})
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_sft_data(str(path), tokenizer=tokenizer)

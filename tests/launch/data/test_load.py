@@ -1,0 +1,186 @@
+"""Splits, notes, what is said of an example, and batches."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from launch.data.batches import PadToLongest
+from launch.data.examples.formats import TextExample
+from launch.data.examples.special_tokens import SpelledOut
+from launch.data.load import describe_example, encode_examples, load_sft_data, read_examples
+from launch.data.records import DataError, DropReport, Reject
+from launch.data.train_tokenizer import train_tokenizer
+
+
+def write(path, count, start=0):
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(start, start + count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def places(examples):
+    return [example.where for example in examples]
+
+
+def test_heldout_rows_are_a_seeded_fraction(tmp_path):
+    source = write(tmp_path / "a.jsonl", 100)
+    first, again, other = (read_examples(source, seed=seed) for seed in (1, 1, 2))
+    assert (len(first.train), len(first.heldout)) == (95, 5)
+    assert first == again
+    assert places(first.heldout) != places(other.heldout)
+    assert sorted(places(first.train) + places(first.heldout)) == sorted(f"{source}:{n}" for n in range(1, 101))
+
+
+@pytest.mark.parametrize(("count", "heldout"), [(1, 0), (19, 0), (20, 1), (21, 1), (60, 3)])
+def test_small_data_holds_nothing_out_and_says_so(tmp_path, count, heldout):
+    examples = read_examples(write(tmp_path / "a.jsonl", count))
+    assert (len(examples.train), len(examples.heldout)) == (count - heldout, heldout)
+    assert bool(heldout) != any("nothing held out" in note for note in examples.notes)
+
+
+def test_eval_source_is_all_held_out(tmp_path):
+    source, other = write(tmp_path / "a.jsonl", 30), write(tmp_path / "b.jsonl", 7, start=90)
+    data = load_sft_data(source, eval_source=other, vocab_size=300)
+    assert (len(data.train), len(data.heldout)) == (30, 7)
+    assert data.heldout["where"][0] == f"{other}:1"
+
+
+def test_eval_source_without_usable_rows_is_an_error(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": ""}')
+    with pytest.raises(DataError, match=r"held-out.*\n.*\n.*empty completion"):
+        read_examples(write(tmp_path / "a.jsonl", 3), str(tmp_path / "b.jsonl"))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1, float("nan")])
+def test_eval_fraction_out_of_range_is_an_error(fraction):
+    with pytest.raises(DataError, match="eval_fraction"):
+        read_examples("a.jsonl", eval_fraction=fraction)
+
+
+def test_what_is_no_special_token_is_not_said():
+    tokenizer = train_tokenizer(["a b c"] * 3, 300)
+    tokenizer.add_tokens(["<plain>"])
+    tokenizer.add_tokens(["<s>2"], special_tokens=True)
+    find = SpelledOut(tokenizer)
+    assert find.first(TextExample("a<plain>", "b", "f:1")) is None
+    assert find.first(TextExample("a<s>2", "b", "f:1")) == "<s>2"  # not "<s>"
+    bare = SimpleNamespace(added_tokens_decoder={}, bos_token=None, eos_token="</s>")
+    assert SpelledOut(bare).first(TextExample("a</s>", "b", "f:1")) is None
+
+
+def test_every_dropped_row_is_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": "{n}", "completion": "{n if n % 2 else ""}"}}\n' for n in range(60)))
+    report = read_examples(str(path)).report
+    assert report.summary().startswith("30 rows dropped\n")
+    assert report.lines().splitlines() == [f"{path}:{n + 1}: empty completion" for n in range(0, 60, 2)]
+
+
+def test_special_tokens_in_a_text_are_said(tmp_path):
+    """They are read as those tokens; a start and an end at their places are what a row has anyway."""
+    texts = [("a", "b"), ("<s>a", "b</s>"), ("a </s> b", "c"), ("a", "<pad>b"), ("a<s>", "b"), ("</s", ">b")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+    chat = [{"role": "user", "content": "a</s>"}, {"role": "assistant", "content": "b"}]
+    rows += [{"input_ids": [5, 1, 6], "labels": [-100, 1, 6]}]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer(["a b c"] * 3, 300)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    report = encode_examples(read_examples(str(source)), tokenizer, 64).report
+    assert report.spelled_out == {f"{source}:3": "</s>", f"{source}:4": "<pad>", f"{source}:5": "<s>"}
+    assert f"3 texts hold special tokens, read as those tokens (rows kept): {source}:3 (</s>)" in report.summary()
+    source.write_text(json.dumps({"messages": chat}) + "\n")
+    assert encode_examples(read_examples(str(source)), tokenizer, 64).report.spelled_out == {f"{source}:1": "</s>"}
+
+
+def test_mixed_formats_are_converted_and_stated(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"question": "a", "answer": "b"}] * 2 + [{"prompt": "a", "completion": "b"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    examples = read_examples(str(path))
+    assert len(examples.train) == 3
+    assert examples.format == "mixed: question/answer (2 rows), prompt/completion (1 rows)"
+
+
+def test_unknown_format_names_the_fields_and_the_known_formats(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": 1}')
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has the fields text, id.*prompt, completion"):
+        read_examples(str(tmp_path / "a.jsonl"))
+
+
+def test_no_rows_left_names_every_reason(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "bcdefghij"}\n')
+    with pytest.raises(DataError) as caught:
+        load_sft_data(str(path), vocab_size=300, max_length=4)
+    text = str(caught.value)
+    assert "2 rows dropped" in text
+    assert f"1 x empty completion: {path}:1" in text
+    assert f"1 x completion longer than max_length 4: {path}:2" in text
+
+
+def test_tokenised_rows_cannot_train_a_tokenizer(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2], "labels": [-100, 2]}')
+    with pytest.raises(DataError, match="tokenised already"):
+        load_sft_data(str(tmp_path / "a.jsonl"))
+
+
+def test_columns_are_there_even_where_nothing_is_held_out(tmp_path):
+    data = load_sft_data(write(tmp_path / "a.jsonl", 2), vocab_size=300)
+    assert data.heldout.column_names == data.train.column_names == ["input_ids", "labels", "where"]
+    assert len(data.heldout) == 0
+
+
+def test_an_example_is_described_with_prompt_and_answer_apart(tmp_path):
+    source = write(tmp_path / "a.jsonl", 1, start=7)
+    data = load_sft_data(source, vocab_size=300)
+    lines = describe_example(data.train[0], data.tokenizer).splitlines()
+    assert lines[0].startswith(f"{source}:1: ") and lines[0].endswith(" of them learned")
+    learned = sum(label != -100 for label in data.train[0]["labels"])
+    assert f", {learned} of them" in lines[0]
+    assert lines[1:] == ["  read    | '<s>7 + 1 ='", "  learned | ' 8</s>'"]
+
+
+def test_report_counts_by_reason_and_shows_the_first_places():
+    report = DropReport()
+    for line in range(1, 6):
+        report.add(f"a:{line}", Reject("broken", f"column {line}"))
+    report.add("b:1", Reject("empty"))
+    assert (len(report), report.counts()) == (6, {"broken": 5, "empty": 1})
+    assert report.summary(examples=2).splitlines() == [
+        "6 rows dropped",
+        "  5 x broken: a:1 (column 1), a:2 (column 2), ...",
+        "  1 x empty: b:1",
+    ]
+    with pytest.raises(DataError, match=r"^c:1: broken \(column 9\)\. Fix"):
+        report.add("c:1", Reject("broken", "column 9"), strict=True)
+
+
+def test_collator_pads_on_the_right_to_a_multiple():
+    rows = [
+        {"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "where": "a:1"},
+        {"input_ids": [1], "labels": [1], "where": "a:2"},
+    ]
+    batch = PadToLongest(pad_token_id=3, multiple_of=4)(rows)
+    assert batch.pop("where") == ["a:1", "a:2"]
+    assert batch.pop("label_tokens") == 2  # the first position of a row is predicted by nobody
+    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
+        ("input_ids", "labels", "attention_mask"), torch.int64
+    )
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 3], [1, 3, 3, 3]]
+    assert batch["labels"].tolist() == [[-100, 5, 6, -100], [1, -100, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("multiple_of", "longest"), [(1, 8), (4, 8), (8, 8), (3, 9)])
+def test_collator_adds_nothing_to_a_length_that_fits(multiple_of, longest):
+    rows = [{"input_ids": [1] * 8, "labels": [1] * 8}]
+    assert PadToLongest(0, multiple_of)(rows)["input_ids"].shape == (1, longest)
+
+
+@pytest.mark.parametrize("rows", [[], [{"input_ids": [1, 2], "labels": [1]}]], ids=["none", "labels short"])
+def test_collator_refuses(rows):
+    with pytest.raises(ValueError, match="expected"):
+        PadToLongest(0)(rows)

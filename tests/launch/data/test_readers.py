@@ -1,0 +1,250 @@
+"""Each kind of file gives the same records; formats are recognised."""
+
+import csv
+import errno
+import gzip
+import json
+import os
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from launch.data.examples.formats import ChatExample, TextExample, TokenExample, detect_format, to_example
+from launch.data.load import read_examples
+from launch.data.records import DataError, DropReport, Record, Reject
+from launch.data.sources.files import read_records
+
+ROWS = [
+    {"question": "two\nlines, and a comma", "answer": 'a "quote"'},
+    {"question": "naïve 日本 😀", "answer": "  indented\n    more"},
+    {"question": "", "answer": "\u2028 not a line end"},
+]
+
+
+def write(path, rows=ROWS):
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if path.name.endswith(".jsonl"):
+        path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    elif path.name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    elif path.name == "lines.json":
+        path.write_text("\n".join(lines))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+NAMES = ["a.jsonl", "a.jsonl.gz", "a.json", "lines.json", "a.parquet", "a.csv", "a.tsv"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_file_gives_the_same_records(tmp_path, name):
+    path = write(tmp_path / name)
+    report = DropReport()
+    records = read_records(str(path), report, strict=True)
+    assert [record.fields for record in records] == ROWS
+    assert not len(report)
+    assert records[0].where.startswith(f"{path}:")
+
+
+def test_gzip_is_known_by_its_content(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode()))
+    assert [record.fields for record in read_records(str(path), DropReport())] == ROWS[:1]
+
+
+def test_directory_is_read_in_sorted_order_without_hidden_and_other_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".cache").mkdir()
+    for name in ("b.jsonl", "a.parquet", "sub/c.csv", ".cache/d.jsonl"):
+        write(tmp_path / name)
+    (tmp_path / "README.md").write_text("no data")
+    records = read_records(str(tmp_path), DropReport(), strict=True)
+    assert [record.fields for record in records] == ROWS * 3
+    files = list(dict.fromkeys(record.where.rsplit(":", 1)[0] for record in records))
+    assert files == [f"{tmp_path}/{name}" for name in ("a.parquet", "b.jsonl", "sub/c.csv")]
+
+
+def names(records) -> list[str]:
+    return list(dict.fromkeys(record.where.rsplit(":", 1)[0].rsplit("/", 1)[1] for record in records))
+
+
+def test_what_a_directory_holds_beside_data_is_counted(tmp_path):
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "readme.jsonl")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    unread = {
+        "a.csv.gz": "no kind that is read",
+        "b.txt": "no kind that is read",
+        "elsewhere": "a symlink to a directory",
+        "gone.jsonl": "no regular file",
+        "pipe.jsonl": "no regular file",
+        "sub/c.jsonl.zst": "no kind that is read",
+        "sub/d.jsonl.bz2": "no kind that is read",
+    }
+    for name in ("a.csv.gz", "b.txt", "sub/c.jsonl.zst", "sub/d.jsonl.bz2", ".e.txt", ".hidden/f.txt"):
+        (tmp_path / name).write_text("x")
+    for name in ("README", "readme.txt", "LICENSE.txt", "notes.MD", "dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / ".hidden")
+    report = DropReport()
+    assert names(read_records(str(tmp_path), report)) == ["a.jsonl", "readme.jsonl"]
+    assert report.counts() == {"unread file": len(unread)}
+    assert {r.where: r.detail for r in report.rejections} == {
+        f"{tmp_path}/{name}:1": why for name, why in unread.items()
+    }
+    with pytest.raises(DataError, match=r"/a\.csv\.gz:1: unread file \(no kind that is read\)\. Fix"):
+        read_records(str(tmp_path), DropReport(), strict=True)
+
+
+def test_a_directory_that_cannot_be_listed_is_counted(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "b").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # root may list everything
+    report = DropReport()
+    read_records(str(tmp_path), report)
+    assert [str(r) for r in report.rejections] == [
+        f"{tmp_path}/b:1: unread file (cannot be listed: Permission denied)"
+    ]
+
+
+SPLITS = {
+    "test": (["train.jsonl", "test.jsonl"], ["train.jsonl"], ["test.jsonl"]),
+    "parts": (
+        ["Train-0-of-2.parquet", "train-1-of-2.parquet", "validation-0-of-1.parquet", "dev.csv", "evaluation.json"],
+        ["Train-0-of-2.parquet", "train-1-of-2.parquet"],
+        ["dev.csv", "evaluation.json", "validation-0-of-1.parquet"],
+    ),
+    "words in names": (
+        ["gsm8k_train.jsonl", "gsm8k_test.jsonl", "latest.csv"],
+        ["gsm8k_train.jsonl"],
+        ["gsm8k_test.jsonl"],
+    ),
+    "sets": (
+        ["TrainData.csv", "testset.csv", "train-core.csv"],
+        ["TrainData.csv", "train-core.csv"],
+        ["testset.csv"],
+    ),
+    "held_out": (["training.csv", "held_out.csv"], ["training.csv"], ["held_out.csv"]),
+    "one made of the other": (["train.csv", "test_from_train.csv"], ["train.csv"], ["test_from_train.csv"]),
+    "a directory of tests": (["train/a.csv", "tests/b.csv"], ["a.csv"], ["b.csv"]),
+    "directories": (["test/0.jsonl", "train/1.jsonl"], ["1.jsonl"], ["0.jsonl"]),
+    "a directory named otherwise": (["test/train.jsonl", "train/test.csv"], ["train.jsonl"], ["test.csv"]),
+    "a third name": (["more.csv", "train.jsonl", "valid.jsonl"], ["train.jsonl"], ["valid.jsonl"]),
+    "train alone": (["more.csv", "train.jsonl"], ["more.csv", "train.jsonl"], ["more.csv", "train.jsonl"]),
+    "test alone": (["more.csv", "test.jsonl"], ["more.csv", "test.jsonl"], ["more.csv", "test.jsonl"]),
+}
+
+
+@pytest.mark.parametrize(("files", "trained", "evaluated"), SPLITS.values(), ids=SPLITS)
+def test_a_directory_of_splits(tmp_path, files, trained, evaluated):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name)
+    for held_out, wanted in ((False, trained), (True, evaluated)):
+        report = DropReport()
+        assert names(read_records(str(tmp_path), report, True, held_out)) == wanted
+        left_out = sorted({name.rsplit("/", 1)[-1] for name in files} - set(wanted))
+        assert len(report.left_out) == bool(left_out)
+        assert all(name in report.left_out[0] for name in left_out)
+        assert all(("--eval_data" in note) != held_out for note in report.left_out)
+
+
+def test_both_splits_of_one_directory_are_noted(tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl")
+    examples = read_examples(str(tmp_path))
+    assert {example.where.rsplit(":", 1)[0] for example in examples.train} == {f"{tmp_path}/train.jsonl"}
+    (sentence,) = examples.report.summary().splitlines()[1:]
+    assert sentence.startswith(f"{tmp_path} has files named train, so others are left out: test.jsonl; to evaluate")
+    examples = read_examples(str(tmp_path), str(tmp_path))
+    assert {example.where.rsplit(":", 1)[0] for example in examples.heldout} == {f"{tmp_path}/test.jsonl"}
+    assert len(examples.report.left_out) == 2
+
+
+def test_a_train_file_that_is_not_read_does_not_make_a_test_file_one_to_train_on(tmp_path):
+    (tmp_path / "train.jsonl.zst").write_text("x")
+    write(tmp_path / "test.jsonl")
+    with pytest.raises(DataError, match=r"none \(not read: train\.jsonl\.zst; left out: test\.jsonl\)"):
+        read_records(str(tmp_path), DropReport())
+
+
+def test_notes_about_testing_are_no_split(tmp_path):
+    for name in ("train.jsonl", "more.jsonl"):
+        write(tmp_path / name)
+    (tmp_path / "testing.txt").write_text("x")
+    assert names(read_records(str(tmp_path), DropReport())) == ["more.jsonl", "train.jsonl"]
+
+
+def test_a_csv_field_may_be_long_and_the_limit_is_left_as_it_was(tmp_path):
+    before = csv.field_size_limit()
+    path = write(tmp_path / "a.csv", [{"question": "q" * 200_000, "answer": "a"}])
+    assert len(read_records(str(path), DropReport(), strict=True)[0].fields["question"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+RECOGNISED = {
+    "prompt/completion": ({"prompt": "p", "completion": "c"}, TextExample("p", "c", "f:1")),
+    "question/answer": (
+        {"question": "q?", "answer": "a"},
+        TextExample("Question: q?\nAnswer:", " a", "f:1"),
+    ),
+    "instruction/input/output": (
+        {"instruction": "do", "input": "this", "output": "done"},
+        TextExample("Instruction: do\nInput: this\nResponse:", " done", "f:1"),
+    ),
+    "messages": ({"messages": CHAT}, ChatExample(CHAT, "f:1")),
+    "already tokenised": (
+        {"input_ids": [1, 2], "labels": [-100, 2]},
+        TokenExample([1, 2], [-100, 2], "f:1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("format", RECOGNISED)
+def test_format_is_recognised_beside_other_fields(format):
+    fields, example = RECOGNISED[format]
+    fields = fields | {"id": 7, "source": "x"}
+    assert detect_format(fields) == format
+    assert to_example(Record(fields, "f:1"), format) == example
+
+
+@pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": None}])
+def test_instruction_without_input(given):
+    fields = {"instruction": "do {input}", "output": "done"} | given
+    example = to_example(Record(fields, "f:1"), "instruction/input/output")
+    assert example.prompt == "Instruction: do {input}\nResponse:"
+
+
+def test_null_columns_do_not_decide_the_format():
+    fields = {"messages": None, "prompt": "p", "completion": "c", "input_ids": None, "labels": None}
+    assert detect_format(fields) == "prompt/completion"
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(Reject, match="no field 'completion'"):
+        to_example(Record({"prompt": "p"}, "f:1"), "prompt/completion")
+
+
+def test_keys_that_parquet_filled_with_null_leave_the_messages():
+    messages = [message | {"tool_calls": None} for message in CHAT]
+    assert to_example(Record({"messages": messages}, "f:1"), "messages").messages == CHAT

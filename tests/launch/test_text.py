@@ -1,0 +1,83 @@
+"""What data and file names hold reaches a terminal as text, in its line, and not at length."""
+
+import json
+
+import pytest
+
+from launch.common.text import one_line, printable, shortened
+from launch.data.load import load_sft_data, read_examples
+from launch.data.records import DataError, DropReport, Reject
+from launch.data.sources.files import read_records
+from launch.data.train_tokenizer import train_tokenizer
+
+ESCAPE = "\x1b[2J"
+CONTROLS = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+
+
+def test_controls_are_escaped_and_other_text_is_left():
+    kept = [code for code in CONTROLS if printable(chr(code)) == chr(code)]
+    assert kept == [ord("\t"), ord("\n")]
+    assert printable(ESCAPE + "\x07\r\x9b\x7f\u202e\u2066") == r"\x1b[2J\x07\r\x9b\x7f\u202e\u2066"
+    assert printable("naïve 日本 😀\n\tטקסט \\ \ud800") == "naïve 日本 😀\n\tטקסט \\ \\ud800"
+
+
+def test_one_line_has_no_line_break():
+    assert one_line("a\nb\tc\r\n\u2028\u2029\x85d") == r"a\nb\tc\r\n\u2028\u2029\x85d"
+    assert len(one_line("".join(map(chr, range(0x2100)))).splitlines()) == 1
+
+
+def test_what_is_long_is_cut():
+    assert shortened("a" * 80) == "a" * 80
+    assert shortened("a" * 81) == "a" * 77 + "..."
+    assert shortened("\n" * 10**6, 10) == r"\n\n\n\..."
+
+
+def test_a_row_of_the_report_is_one_line():
+    report = DropReport()
+    report.add(f"a\nb{ESCAPE}.jsonl:1", Reject("broken", f"field\n{ESCAPE}"))
+    report.truncated.append("c\nd.jsonl:1")
+    assert str(report.rejections[0]) == r"a\nb\x1b[2J.jsonl:1: broken (field\n\x1b[2J)"
+    assert report.summary().splitlines() == [
+        "1 rows dropped",
+        r"  1 x broken: a\nb\x1b[2J.jsonl:1 (field\n\x1b[2J)",
+        r"1 prompts shortened from the left (rows kept): c\nd.jsonl:1",
+    ]
+    with pytest.raises(DataError) as caught:
+        report.add("a\nb:1", Reject("broken"), strict=True)
+    assert str(caught.value).startswith(r"a\nb:1: broken. ")
+
+
+def test_a_file_name_of_two_lines(tmp_path):
+    path = tmp_path / "a\nb.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    data = load_sft_data(str(path), vocab_size=300)
+    assert data.train["where"][:] == [f"{tmp_path}/a\\nb.jsonl:1"]
+
+
+MANY = [f"column{number}" for number in range(200_000)]
+LONG = {
+    "names of fields": json.dumps(dict.fromkeys(MANY, 1)),
+    "a name of a field": json.dumps({"f" * 10**6: 1}),
+    "a key twice": '{"%s": 1, "%s": 2}' % (("k" * 10**6,) * 2),
+    "a role": json.dumps({"messages": [{"role": "r" * 10**6, "content": "a"}]}),
+    "a token": json.dumps({"input_ids": [5, 10**4000], "labels": [-100, 5]}),
+}
+
+
+@pytest.mark.parametrize("line", LONG.values(), ids=LONG)
+def test_what_a_row_holds_is_cut_in_the_report(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + line)
+    report = load_sft_data(str(path), tokenizer=train_tokenizer(["some words"], 300)).report
+    (rejected,) = report.rejections
+    assert 0 < len(rejected.detail) <= 80 and rejected.detail.endswith("...")
+
+
+def test_what_a_file_holds_is_cut_in_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LONG["names of fields"])
+    (tmp_path / "a.csv").write_text(",".join([*MANY, "column7" + "7" * 10**6, "column7" + "7" * 10**6]) + "\n")
+    for name, reader in (("a.jsonl", read_examples), ("a.csv", lambda path: read_records(path, DropReport()))):
+        with pytest.raises(DataError) as caught:
+            reader(str(tmp_path / name))
+        length = len(str(caught.value))
+        assert length < 500 + len(str(tmp_path)) and "column7" in str(caught.value)

@@ -1,0 +1,150 @@
+"""One process, two tensor-parallel and two data-parallel ranks: the same losses and the same exported model.
+
+Real processes under the real launcher with real DeepSpeed engines, from one saved checkpoint each: ZeRO 0 to 3,
+tied and untied embeddings, any accumulation, a vocabulary that does not divide.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.small_run import VOCAB, flags, launch_many, metrics, write_data, write_model
+
+GLOBAL_BATCH = 8
+# plain gradient descent: Adam would forgive a gradient that is wrong by a factor
+COMMON = {
+    "smoothing": 0.1,
+    "optim": "sgd",
+    "learning_rate": 0.3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_steps": 4,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "per_device_eval_batch_size": 3,
+    "max_length": 96,
+    "samples": 1,
+    "save_strategy": "no",
+}
+
+# ranks, tensor parallelism, accumulation, ZeRO stage, extra
+ALONE = (1, 1, 1, 0, "")
+SETUPS = [
+    ALONE,
+    (1, 1, 4, 1, ""),
+    (1, 1, 1, 0, "--head dense"),
+    (2, 1, 1, 0, ""),
+    (2, 1, 2, 1, ""),
+    (2, 1, 1, 2, ""),
+    (2, 1, 2, 3, ""),
+    (2, 2, 1, 0, ""),
+    (2, 2, 2, 1, ""),
+    (2, 2, 1, 2, ""),
+    (2, 2, 2, 3, ""),
+    (2, 2, 1, 1, "--head dense"),
+    (2, 2, 1, 1, "--head sharded"),
+    (4, 2, 1, 1, ""),
+    (4, 2, 2, 3, ""),
+]
+BF16 = [
+    (1, 1, 1, 1, "--bf16 true"),
+    (2, 1, 2, 2, "--bf16 true"),
+    (2, 2, 1, 1, "--bf16 true"),
+    (2, 2, 2, 3, "--bf16 true"),
+    (2, 2, 1, 2, "--bf16 true --head dense"),
+]
+
+
+def name(setup, tied: bool) -> str:
+    ranks, tp, accumulation, zero, extra = setup
+    more = "".join(f"-{word.strip('-')}" for word in extra.split() if not word.startswith("--head"))
+    return f"ranks{ranks}-tp{tp}-accumulate{accumulation}-zero{zero}{more}" + ("-tied" if tied else "")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """All runs, done once: a launch for each number of ranks and tensor-parallel ones, and for each dtype."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_data(folder)
+    for tied in (False, True):
+        write_model(folder, tied)
+    for setups in (SETUPS, BF16):
+        for ranks, tp in sorted({setup[:2] for setup in setups}):
+            todo = [(s, tied) for s in setups if s[:2] == (ranks, tp) for tied in (False, True)]
+            launch_many(folder, ranks, [_arguments(folder, *what) for what in todo])
+    return folder
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("setup", SETUPS[1:], ids=lambda s: name(s, False))
+def test_same_losses_and_same_model(runs, setup, tied):
+    alone, other = runs / name(ALONE, tied), runs / name(setup, tied)
+    expected, got = metrics(alone), metrics(other)
+    assert [row["step"] for row in got] == [row["step"] for row in expected]
+    for want, have in zip(expected, got, strict=True):
+        assert have.keys() == want.keys()
+        for key in want.keys() & {"loss", "nll", "eval_nll", "accuracy", "grad_norm"}:
+            assert have[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
+        for key in want.keys() & {"label_tokens", "tokens", "eval_label_tokens"}:
+            assert have[key] == want[key]
+    expected, got = (load_file(run / "model" / "model.safetensors") for run in (alone, other))
+    assert got.keys() == expected.keys()
+    for key, weight in expected.items():
+        torch.testing.assert_close(got[key], weight, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("setup", BF16, ids=lambda s: name(s, False))
+def test_bf16_stays_where_fp32_is(runs, setup, tied):
+    """With gathered logits and `F.cross_entropy` among them, which are as far from it."""
+    for want, have in zip(metrics(runs / name(ALONE, tied)), metrics(runs / name(setup, tied)), strict=True):
+        assert have.keys() == want.keys()
+        for key, bound in {"loss": 1e-3, "nll": 1e-3, "eval_nll": 1e-3, "grad_norm": 5e-3}.items():
+            if key in want:
+                assert have[key] == pytest.approx(want[key], rel=bound), (key, want["step"])
+        for key in want.keys() & {"label_tokens", "tokens", "eval_label_tokens"}:
+            assert have[key] == want[key]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_export_loads_and_is_what_was_trained(runs, tied):
+    run = runs / name((2, 2, 2, 3, ""), tied)
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert model.lm_head.weight.shape == (VOCAB, 64)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    before = AutoModelForCausalLM.from_pretrained(runs / ("model-tied" if tied else "model-untied"))
+    assert not torch.equal(before.lm_head.weight, model.lm_head.weight)
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    prompt = tokenizer(sample["prompt"], return_tensors="pt", add_special_tokens=False).input_ids
+    bos = torch.tensor([[tokenizer.bos_token_id]])
+    output = model.generate(torch.cat([bos, prompt], 1), max_new_tokens=48, do_sample=False)
+    assert tokenizer.decode(output[0, 1 + prompt.shape[1] :], skip_special_tokens=True) == sample["completion"]
+
+
+def test_loss_is_smoothed_and_nll_is_not(runs):
+    rows = [row for row in metrics(runs / name(ALONE, False)) if "loss" in row]
+    assert all(row["loss"] != pytest.approx(row["nll"], rel=1e-4) for row in rows)
+    assert {"step", "loss", "nll", "accuracy", "grad_norm", "lr", "label_tokens", "tokens"} <= rows[0].keys()
+    assert {"tokens_per_second", "peak_memory_gib"} <= rows[0].keys()
+
+
+def _arguments(folder: Path, setup, tied: bool) -> list[str]:
+    ranks, tp, accumulation, zero, extra = setup
+    values = COMMON | {
+        "model": folder / ("model-tied" if tied else "model-untied"),
+        "data": folder / "train.jsonl",
+        "eval_data": folder / "heldout.jsonl",
+        "output_dir": folder / name(setup, tied),
+        "tp": tp,
+        "zero": zero,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": GLOBAL_BATCH // accumulation // (ranks // tp),
+    }
+    return [*extra.split(), *flags(values)]

@@ -1,0 +1,136 @@
+"""`--sanity`: a sound run passes every check, and each check fails on what it is there to find."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.preflight import checks as sanity
+from launch.preflight.checks import HeadInput
+from smoothing import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from tests.support.small_run import ROOT, environment, flags, launcher, write_data, write_model
+
+CHANGING = """
+import torch
+from transformers import LlamaForCausalLM
+
+class Changing(LlamaForCausalLM):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        outputs.logits = outputs.logits * 2
+        if labels is not None:
+            outputs.loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=self.vocab_size)
+        return outputs
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sanity")
+    write_data(folder)
+    write_model(folder, tied=True, attention_dropout=0.1)
+    return folder
+
+
+def start(folder: Path, **values) -> subprocess.CompletedProcess:
+    given = {"data": folder / "train.jsonl", "max_length": 96, "per_device_train_batch_size": 4} | values
+    command = [sys.executable, str(ROOT / "launch/sft.py"), "--sanity", *flags(given)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
+
+
+def test_a_sound_run_passes(folder):
+    done = start(folder, model=folder / "model-tied", smoothing=0.1, tp=3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("│ pass │") == 13 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
+    assert not (folder / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def changing(folder) -> Path:
+    """A model with code of its own, which changes its logits without saying so in its configuration."""
+    (folder / "changing").mkdir()
+    shutil.copy(folder / "train.jsonl", folder / "changing")
+    path = write_model(folder / "changing", tied=True)
+    (path / "modeling_changing.py").write_text(CHANGING)
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_changing.Changing"}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_a_model_whose_head_cannot_be_fused(folder, changing):
+    done = start(folder, model=changing, trust_remote_code=True, head="sharded", smoothing=0.1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changes its logits between output head and loss" in " ".join(done.stdout.split())
+
+
+def test_training_it_with_the_fused_head_is_refused_in_a_sentence(folder, changing):
+    given = {"model": changing, "data": folder / "train.jsonl", "trust_remote_code": True, "max_length": 96}
+    command = [*launcher(1), str(ROOT / "launch/sft.py"), *flags(given | {"output_dir": folder / "refused"})]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
+    assert done.returncode == 2 and "use head='sharded' (the flag is --head)" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_what_it_cannot_check_is_a_sentence(folder):
+    done = start(folder, model=folder / "nowhere")
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def given() -> HeadInput:
+    torch.manual_seed(0)
+    return HeadInput(torch.randn(40, 16), torch.randn(50, 16), torch.randint(50, (40,)), 0.1)
+
+
+def test_heads_that_forget_the_smoothing_fail(given, monkeypatch):
+    assert all(check.passed for check in sanity.check_heads(given))
+
+    def forgetful(loss):
+        return lambda *args, label_smoothing, **kwargs: loss(*args, **kwargs)
+
+    for loss in (vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy):
+        monkeypatch.setattr(sanity, loss.__name__, forgetful(loss))
+    assert not any(check.passed for check in sanity.check_heads(given))
+
+
+def test_a_split_that_says_something_else_fails(given, monkeypatch):
+    assert sanity.check_split(given, 2).passed
+    plain = sanity.simulate_split
+    monkeypatch.setattr(sanity, "simulate_split", lambda z, y, epsilon, ranks: plain(z, y, 0.0, ranks))
+    assert not sanity.check_split(given, 2).passed
+    ignored = replace(given, target_T=torch.full_like(given.target_T, 10**6))
+    monkeypatch.setattr(sanity, "simulate_split", plain)
+    with pytest.raises(IndexError):
+        sanity.check_split(ignored, 2)
+
+
+def batch(labels: list[list[int]]) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.tensor([[1, 5, 6, 0], [1, 7, 8, 9]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        "labels": torch.tensor(labels),
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "passed"),
+    [
+        ([[-100, -100, 6, -100], [-100, -100, 8, 9]], True),
+        ([[-100, -100, 6, 0], [-100, -100, 8, 9]], False),  # padding is learned
+        ([[-100, 6, -100, -100], [-100, -100, 8, 9]], False),  # shifted already
+        ([[1, -100, -100, -100], [-100, -100, 8, 9]], False),  # a row of which nothing is learned
+    ],
+)
+def test_masks(labels, passed):
+    assert sanity.check_mask(batch(labels)).passed is passed
+
+
+def test_what_the_run_would_refuse(folder):
+    done = start(folder, fp16="true", zero=0)
+    assert done.returncode == 2 and "--fp16 needs --zero 1 or more" in done.stderr
