@@ -1,13 +1,34 @@
 """Held-out prompts, completed by the model as it stands: what a person would rather read than a loss."""
 
+import json
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from launch.common.atomic_files import write_whole
 from launch.data.examples.rows import IGNORED
+from launch.process.ranks import is_main, say
+from launch.training.trainer import SftTrainer
 
 MAX_NEW_TOKENS = 48
+
+
+def write_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
+    """Complete the first `count` held-out prompts, print them and write them to `samples.jsonl`.
+
+    All ranks must call this.
+    """
+    rows = heldout.select(range(min(count, len(heldout))))
+    beat = partial(trainer.watchdog.beat, "completing samples")
+    samples = complete(trainer.model, tokenizer, rows, trainer.args.device, before_each=beat)
+    if is_main():
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_whole(Path(trainer.args.output_dir) / "samples.jsonl", lines)
+    for sample in samples:
+        say(shown(sample))
 
 
 def complete(

@@ -1,0 +1,92 @@
+"""From a run's options to its `TrainingArguments` and its Trainer."""
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from launch.common.errors import UserError
+from launch.config.deepspeed import deepspeed_config
+from launch.config.options import SftOptions, SftTrainingArguments
+from launch.config.training_arguments import check_loss_scale
+from launch.data.batches import PadToLongest
+from launch.data.blank_rows import fill_to_multiple
+from launch.model.load import load_model
+from launch.process.device import uses_gpu
+from launch.process.ranks import say, start_alone, world_size
+from launch.process.watchdog import Watchdog
+from launch.run.directory import Run
+from launch.training.logging import MetricsFile, Progress, ResolvedDeepSpeed
+from launch.training.nonfinite import NonFiniteSteps
+from launch.training.trainer import SftTrainer
+from smoothing.hf import SmoothedLossCallback
+
+
+def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
+    """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
+    config = deepspeed_config(options, values.get("deepspeed"), world_size())
+    check_loss_scale(values.get("fp16", False), config["zero_optimization"]["stage"])
+    start_alone()
+    defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs"}
+    try:
+        args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
+    except (ValueError, TypeError, ImportError, NotImplementedError) as fault:
+        raise UserError(str(fault)) from None
+    check_arguments(args)
+    say(
+        f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
+        f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
+    )
+    return args
+
+
+def check_arguments(args: SftTrainingArguments) -> None:
+    """What would otherwise end in a traceback after data and model are loaded."""
+    if args.hf_deepspeed_config.mismatches:
+        lines = "\n".join(args.hf_deepspeed_config.mismatches)
+        raise UserError(f'the DeepSpeed file says other values than the recipe; set them to "auto" there:\n{lines}')
+    if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
+        raise UserError("--save_strategy best needs evaluations, and --eval_strategy is no; nothing would be saved")
+    if not args.accelerator_config.use_seedable_sampler:
+        raise UserError("--accelerator_config use_seedable_sampler false: a run that goes on would take other rows")
+    if args.use_cpu and uses_gpu():
+        raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
+    if args.fp16 and not get_accelerator().is_fp16_supported():
+        raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
+
+
+def make_trainer(
+    options: SftOptions, args: SftTrainingArguments, tokenizer, data, run: Run, facts: dict, watchdog: Watchdog
+) -> SftTrainer:
+    """The model under the smoothed loss in a Trainer; the loss goes in once DeepSpeed has sharded the model."""
+    args.output_dir = str(run.path)
+    if run.checkpoint is not None:
+        args.eval_on_start = run.evaluation_owed
+    if run.converted:
+        args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+    data_parallel = args.world_size // options.tp
+    heldout = fill_to_multiple(data.heldout, data_parallel * args.per_device_eval_batch_size, tokenizer.eos_token_id)
+    if not len(heldout):
+        if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
+            raise UserError("the best checkpoint is told by held-out rows, and there are none; give --eval_data")
+        args.eval_strategy, args.eval_on_start, heldout = "no", False, None
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    trainer = SftTrainer(
+        model=load_model(options, tokenizer, dtype, args.seed),
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=heldout,
+        data_collator=PadToLongest(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        nonfinite=NonFiniteSteps(options.on_nonfinite),
+        watchdog=watchdog,
+        facts=facts,
+    )
+    loss = {"label_smoothing": options.smoothing, "head": options.head, "chunk_bytes": options.chunk_bytes}
+    trainer.add_callback(SmoothedLossCallback(**loss, on_stats=trainer.count, logits_in_eval=False))
+    trainer.pop_callback(ProgressCallback)
+    trainer.pop_callback(PrinterCallback)
+    trainer.add_callback(Progress())
+    trainer.add_callback(MetricsFile())
+    trainer.add_callback(ResolvedDeepSpeed())
+    return trainer
