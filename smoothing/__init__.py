@@ -7,10 +7,13 @@ from smoothing.logits_loss import smoothed_cross_entropy, vocab_parallel_cross_e
 from smoothing.model.support import UnsupportedModel
 from smoothing.shard import VocabShard
 
+__version__ = "0.1.0"
+
 __all__ = [
     "TokenStats",
     "UnsupportedModel",
     "VocabShard",
+    "__version__",
     "install_smoothed_loss",
     "smoothed_cross_entropy",
     "vocab_parallel_cross_entropy",
