@@ -23,6 +23,7 @@ load_weights_only()
 from launch.assemble import make_trainer, training_arguments
 from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
+from launch.common.paths import DROPPED, MODEL
 from launch.config.options import parse_options, resolved
 from launch.data.prepare import load_data
 from launch.data.records import DropReport
@@ -33,9 +34,9 @@ from launch.process.signals import StopOnSignal, Stopped
 from launch.process.startup_errors import Starting
 from launch.process.watchdog import Watchdog
 from launch.run.checkpoints import reading
-from launch.run.directory import DROPPED, Run, open_run
+from launch.run.directory import Run, open_run
 from launch.run.layout import layout
-from launch.training.export import MODEL, export
+from launch.training.export import export
 from launch.training.milestones import Milestones
 from launch.training.samples import write_samples
 from launch.training.trainer import SftTrainer

@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
+from launch.common.paths import PARTIAL
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file aside, bring it to disk, and rename it to its place. Raises `OSError`."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

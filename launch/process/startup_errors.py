@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
+from launch.common.paths import TRACEBACK
 from launch.common.text import first_line
 from launch.process.exit import has_its_sentence
 from launch.process.ranks import rank
@@ -32,7 +33,7 @@ class Starting(TrainerCallback):
     def __exit__(self, _type, fault: BaseException | None, _traceback) -> None:
         if self.over or not isinstance(fault, Exception) or has_its_sentence(fault):
             return
-        file = self.run / f"traceback-{rank()}.txt"
+        file = self.run / TRACEBACK.format(rank=rank())
         with suppress(OSError):
             write_whole(file, "".join(traceback.format_exception(fault)))
         reason = f"{type(fault).__name__}: {first_line(fault)}"

@@ -19,6 +19,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.common.errors import LocalError, UserError
+from launch.common.paths import CHECKPOINT, CHECKPOINT_PARTIAL, DAMAGED, REMOVED
 from launch.common.text import first_line
 from launch.process.ranks import from_main, is_main, on_all_ranks, rank, say, world_size
 from launch.run.manifest import Entry, Manifest
@@ -26,14 +27,11 @@ from launch.run.manifest import Entry, Manifest
 LATEST = "latest"  # where DeepSpeed says which directory is its own
 MODEL_STATES = "*model_states.pt"
 RNG_STATES = "rng_state*.pth"
-PARTIAL = "checkpoint.partial"
-DAMAGED = "damaged-"  # kept for the user
-REMOVED = "removed-"  # on its way out
 
 
 def step_of(folder: Path) -> int | None:
     """N of a `checkpoint-N`, or None."""
-    match = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
+    match = re.fullmatch(CHECKPOINT.format(step="([0-9]+)"), folder.name)
     return int(match[1]) if match else None
 
 
@@ -50,7 +48,7 @@ def written_aside(run: Path, name: str, facts: dict) -> Iterator[Path]:
     What goes wrong while it is written or sealed ends the run in a sentence, on the rank that it happens to, and
     leaves the earlier checkpoints as they were. All ranks must enter together.
     """
-    aside = run / PARTIAL
+    aside = run / CHECKPOINT_PARTIAL
     from_main(lambda: shutil.rmtree(aside, ignore_errors=True))
     try:
         yield aside

@@ -12,18 +12,29 @@ import yaml
 
 from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
+from launch.common.paths import (
+    CHECKPOINT_PARTIAL,
+    DEEPSPEED,
+    DROPPED,
+    LOCK,
+    METRICS,
+    MODEL,
+    MODEL_PARTIAL,
+    PARTIAL,
+    RECIPE,
+    REMOVED,
+    RUNS,
+    SAMPLES,
+    TENSORBOARD,
+    TRACEBACKS,
+    UNIVERSAL_PARTIAL,
+    WEIGHTS,
+)
 from launch.process.ranks import from_main, on_all_ranks, rank, say
 from launch.run import checkpoints, universal
-from launch.training.export import MODEL, WEIGHTS
 
 _locks: dict[Path, IO] = {}
-RUNS = Path("runs")
-LOCK = ".lock"
-RECIPE = "recipe.yaml"
-METRICS = "metrics.jsonl"
-DROPPED = "dropped.txt"
-TRACEBACKS = "traceback-*.txt"
-WRITTEN = (LOCK, RECIPE, METRICS, "deepspeed.json", "samples.jsonl", DROPPED, "runs")
+WRITTEN = (LOCK, RECIPE, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
 
 # Keys that may change from one start of a run to the next: what it shows and keeps, how far it goes, and how the same
 # computation is laid out (`_check_facts` looks at that).
@@ -114,7 +125,7 @@ def _claim_named(path: Path, recipe: dict) -> tuple[Path, bool]:
 
 def _leads_away(entry: Path) -> bool:
     """Whether a run would write through this; a model or checkpoint that lies elsewhere is read and left alone."""
-    written = entry.name in WRITTEN or entry.name.endswith(".partial") or (entry.name == MODEL and not entry.exists())
+    written = entry.name in WRITTEN or entry.name.endswith(PARTIAL) or (entry.name == MODEL and not entry.exists())
     return written and entry.is_symlink()
 
 
@@ -211,10 +222,10 @@ def _check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:
 
 def _settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
     """Write the recipe, remove what an interrupted start left, and forget metrics past the checkpoint."""
-    shutil.rmtree(path / checkpoints.PARTIAL, ignore_errors=True)
-    shutil.rmtree(path / universal.FOLDER, ignore_errors=True)
-    shutil.rmtree(path / f"{MODEL}.partial", ignore_errors=True)
-    for leftover in path.glob(f"{checkpoints.REMOVED}*"):
+    shutil.rmtree(path / CHECKPOINT_PARTIAL, ignore_errors=True)
+    shutil.rmtree(path / UNIVERSAL_PARTIAL, ignore_errors=True)
+    shutil.rmtree(path / MODEL_PARTIAL, ignore_errors=True)
+    for leftover in path.glob(f"{REMOVED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in path.glob(TRACEBACKS):
         leftover.unlink()

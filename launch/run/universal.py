@@ -9,10 +9,9 @@ from pathlib import Path
 from deepspeed.checkpoint import ds_to_universal
 
 from launch.common.errors import UserError
+from launch.common.paths import UNIVERSAL_PARTIAL, WEIGHTS
 from launch.common.text import first_line
-from launch.training.export import WEIGHTS
 
-FOLDER = "checkpoint.universal.partial"
 LAYOUT = {"tp": "tensor parallelism", "data_parallel": "data-parallel ranks", "zero": "ZeRO stage"}
 
 
@@ -39,7 +38,7 @@ def convert(checkpoint: Path, run: Path) -> Path:
 
     Raises `UserError` if DeepSpeed cannot convert it: a layer whose shards it cannot put together.
     """
-    folder = run / FOLDER
+    folder = run / UNIVERSAL_PARTIAL
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for path in checkpoint.iterdir():

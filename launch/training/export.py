@@ -6,13 +6,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from launch.common.paths import MODEL, MODEL_PARTIAL
 from launch.process.ranks import from_main
 from launch.run.checkpoints import flush
 from launch.training.nonfinite import check_weights
 from launch.training.trainer import SftTrainer
-
-MODEL = "model"
-WEIGHTS = "*.safetensors"
 
 
 def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> Path:
@@ -21,7 +19,7 @@ def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: 
     Raises `RuntimeError` if a weight is missing or has another shape than its configuration says, and `UserError` if
     one is not finite that was when training began.
     """
-    partial, final = Path(output_dir) / f"{MODEL}.partial", Path(output_dir) / MODEL
+    partial, final = Path(output_dir) / MODEL_PARTIAL, Path(output_dir) / MODEL
     weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
 
     def write() -> None:

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from launch.common.atomic_files import write_whole
+from launch.common.paths import DEEPSPEED, METRICS
 
 WRITTEN = {
     "loss": "loss",
@@ -32,7 +33,7 @@ class ResolvedDeepSpeed(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             config = json.dumps(args.hf_deepspeed_config.config, indent=2, default=str)
-            write_whole(Path(args.output_dir) / "deepspeed.json", config + "\n")
+            write_whole(Path(args.output_dir) / DEEPSPEED, config + "\n")
 
 
 def finite(value: float) -> float | None:
@@ -47,7 +48,7 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and ("loss" in logs or "eval_nll" in logs):
             row = {name: finite(logs[key]) for key, name in WRITTEN.items() if key in logs}
             row = {"step": state.global_step} | row
-            with (Path(args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with (Path(args.output_dir) / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
 

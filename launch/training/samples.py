@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.common.atomic_files import write_whole
+from launch.common.paths import SAMPLES
 from launch.data.examples.rows import IGNORED
 from launch.process.ranks import is_main, say
 from launch.training.trainer import SftTrainer
@@ -26,7 +27,7 @@ def write_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
     samples = complete(trainer.model, tokenizer, rows, trainer.args.device, before_each=beat)
     if is_main():
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_whole(Path(trainer.args.output_dir) / "samples.jsonl", lines)
+        write_whole(Path(trainer.args.output_dir) / SAMPLES, lines)
     for sample in samples:
         say(shown(sample))
 

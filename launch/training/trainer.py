@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.common.errors import UserError
+from launch.common.paths import CHECKPOINT
 from launch.data.sampler import GroupedByLength
 from launch.model.attention_mask import padding_is_unseen
 from launch.process.device import uses_gpu
@@ -153,7 +154,7 @@ class SftTrainer(Trainer):
             follow_this_schedule(schedule, self.optimizer)
 
     def _save_checkpoint(self, model, trial) -> None:
-        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        run, name = Path(self.args.output_dir), CHECKPOINT.format(step=self.state.global_step)
         weights, lost = self.model.named_parameters(), f"{name} is not written"
         on_all_ranks(lambda: check_weights(weights, self.not_finite, lost))
         self.watchdog.beat(f"saving {name}", storage=True)
@@ -173,7 +174,7 @@ class SftTrainer(Trainer):
     def _finalize_training(self, *args, **kwargs):
         """Without Trainer's removal of all checkpoints but the best one: nothing is exported yet."""
         if self.state.best_global_step:  # in this directory, wherever it was copied from
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            best = Path(self.args.output_dir) / CHECKPOINT.format(step=self.state.best_global_step)
             self.state.best_model_checkpoint = str(best)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -193,7 +194,7 @@ class SftTrainer(Trainer):
     def _point_to_best(self, folder: Path, run: Path) -> None:
         """Trainer has noted where the best checkpoint is while this one lies aside."""
         if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(run / CHECKPOINT.format(step=self.state.best_global_step))
             if is_main():
                 self.state.save_to_json(folder / TRAINER_STATE_NAME)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from launch.common.errors import LocalError
+from launch.common.paths import CHECKPOINT_PARTIAL
 from launch.run import checkpoints
 from launch.run.manifest import Manifest
 
@@ -41,7 +42,7 @@ def test_the_last_one_is_taken_and_knows_its_run(run):
     last = checkpoints.last_whole(run)
     assert last == run / "checkpoint-100"
     assert checkpoints.facts_of(last) == FACTS
-    assert not (run / checkpoints.PARTIAL).exists()
+    assert not (run / CHECKPOINT_PARTIAL).exists()
 
 
 def flip(path, at: int):
@@ -190,7 +191,7 @@ def test_none_is_left(run):
 
 def test_a_kill_between_any_two_writes_leaves_the_earlier_one(run):
     """What a killed writer leaves lies aside, whatever it holds, and is no checkpoint."""
-    shutil.copytree(run / "checkpoint-100", run / checkpoints.PARTIAL / "checkpoint-200")
+    shutil.copytree(run / "checkpoint-100", run / CHECKPOINT_PARTIAL / "checkpoint-200")
     assert checkpoints.last_whole(run) == run / "checkpoint-100"
     assert write(run, 200) == checkpoints.last_whole(run)
 
@@ -212,7 +213,7 @@ def test_a_full_disk_is_said_and_the_earlier_one_stands(run):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoints.last_whole(run) == run / "checkpoint-100"
-    assert not (run / checkpoints.PARTIAL).exists()
+    assert not (run / CHECKPOINT_PARTIAL).exists()
 
 
 def test_a_full_disk_while_sealing(run, monkeypatch):

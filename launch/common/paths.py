@@ -1,0 +1,26 @@
+"""Names of what a run directory holds. Users and later starts of the same run look for files by these names."""
+
+from pathlib import Path
+
+RUNS = Path("runs")  # where run directories are numbered when none is named
+
+LOCK = ".lock"
+RECIPE = "recipe.yaml"
+DEEPSPEED = "deepspeed.json"
+METRICS = "metrics.jsonl"
+DROPPED = "dropped.txt"
+SAMPLES = "samples.jsonl"
+TENSORBOARD = "runs"
+TRACEBACK = "traceback-{rank}.txt"
+TRACEBACKS = TRACEBACK.format(rank="*")
+
+CHECKPOINT = "checkpoint-{step}"
+MODEL = "model"
+WEIGHTS = "*.safetensors"
+
+PARTIAL = ".partial"  # suffix of what is being written; it is renamed once it is whole
+CHECKPOINT_PARTIAL = f"checkpoint{PARTIAL}"
+UNIVERSAL_PARTIAL = f"checkpoint.universal{PARTIAL}"
+MODEL_PARTIAL = f"{MODEL}{PARTIAL}"
+DAMAGED = "damaged-"  # prefix of a checkpoint that is not whole; it is kept for the user
+REMOVED = "removed-"  # prefix of a checkpoint that is being deleted
