@@ -15,7 +15,7 @@ from smoothing.core.agreement import Meeting
 from smoothing.core.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
 from smoothing.core.options import LossOptions
 from smoothing.core.statistics import Combined, token_loss
-from smoothing.kernels.dispatch import passes
+from smoothing.kernels.dispatch import backend_for
 from smoothing.linear.gradients import HeadGradients, Wanted
 from smoothing.linear.head import LinearHead
 from smoothing.shard import VocabShard
@@ -218,7 +218,7 @@ class _ScalarLoss(torch.autograd.Function):
                 total = job.scatter(total, given.shape, early) if index == 0 else total.to(early)
             ctx.gradients.append(total)
         ctx.dtypes = [None if given is None else given.dtype for given in inputs]
-        ctx.scale = passes(hidden_TH.device, job.call).scale
+        ctx.scale = backend_for(hidden_TH.device, job.call).scale
         ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
         return outcome.loss, *outcome.stats
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from smoothing.core import agreement
 from smoothing.core.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
 from smoothing.core.options import LossOptions
-from smoothing.kernels.dispatch import passes
+from smoothing.kernels.dispatch import backend_for
 from smoothing.shard import VocabShard
 
 
@@ -91,9 +91,9 @@ class _LogitsLoss(torch.autograd.Function):
     def forward(
         ctx, logits_TS: Tensor, call: LossCall, num_items_in_batch, inplace_backward: bool, return_stats: bool
     ):
-        made_by = passes(logits_TS.device, call)
-        own = made_by.statistics(logits_TS, call.target, call)
-        combined, scale_T, loss_T = made_by.combine(*call.gather(own), call.target, call)
+        backend = backend_for(logits_TS.device, call)
+        own = backend.statistics(logits_TS, call.target, call)
+        combined, scale_T, loss_T = backend.combine(*call.gather(own), call.target, call)
         ctx.call, ctx.inplace_backward = call, inplace_backward
         ctx.divisor = None if call.options.reduction == "none" else call.divisor(num_items_in_batch)
         loss = loss_T if ctx.divisor is None else loss_T.sum() / ctx.divisor
@@ -112,6 +112,6 @@ class _LogitsLoss(torch.autograd.Function):
         call = ctx.call
         weight_T = upstream if ctx.divisor is None else (upstream / ctx.divisor).expand(call.tokens)
         out_TS = logits_TS.detach() if ctx.inplace_backward else torch.empty_like(logits_TS)
-        compute = passes(logits_TS.device, call).gradient
+        compute = backend_for(logits_TS.device, call).gradient
         gradient = compute(logits_TS, call.target, call, maximum_T, scale_T, weight_T, out_TS)
         return gradient, None, None, None, None

@@ -20,7 +20,7 @@ from smoothing import (
     smoothed_cross_entropy,
     vocab_parallel_cross_entropy,
 )
-from smoothing.kernels import torch_ops as passes_torch
+from smoothing.kernels import torch_ops
 from smoothing.reference import hf_label_smoother, onehot_cross_entropy, torch_cross_entropy
 from tests.support.cases import CASES, EXAMPLE_LOGITS, EXAMPLE_TARGET, IGNORED, Case, build, dense_losses
 from tests.support.ranks import Allocations, Collectives, fresh_group, pool
@@ -56,13 +56,13 @@ def sharded(case: Case, dtype=torch.float64, chunk=None, upstream=None, group=No
     logits, target, options = case.share(dist.get_rank(), dtype)
     before = logits.clone()
     logits.requires_grad_()
-    whole_chunk = passes_torch.CHUNK_ELEMENTS
-    passes_torch.CHUNK_ELEMENTS = chunk or whole_chunk
+    whole_chunk = torch_ops.CHUNK_ELEMENTS
+    torch_ops.CHUNK_ELEMENTS = chunk or whole_chunk
     try:
         loss = vocab_parallel_cross_entropy(logits, target, my_shard(case, group), **options, **more)
         (loss if upstream is None else loss * upstream.to(loss.dtype)).sum().backward()
     finally:
-        passes_torch.CHUNK_ELEMENTS = whole_chunk
+        torch_ops.CHUNK_ELEMENTS = whole_chunk
     same = torch.allclose(logits.detach(), before, rtol=0, atol=0, equal_nan=True)
     return {"loss": loss.detach(), "grad": logits.grad, "logits_unchanged": same}
 
@@ -470,7 +470,7 @@ def kept(case: Case, dtype):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    chunk, passes_torch.CHUNK_ELEMENTS = passes_torch.CHUNK_ELEMENTS, 1024
+    chunk, torch_ops.CHUNK_ELEMENTS = torch_ops.CHUNK_ELEMENTS, 1024
     try:
         gc.collect()
         old = {id(o) for o in gc.get_objects()}
@@ -483,7 +483,7 @@ def kept(case: Case, dtype):
         with Allocations() as backward:
             loss.backward()
     finally:
-        passes_torch.CHUNK_ELEMENTS = chunk
+        torch_ops.CHUNK_ELEMENTS = chunk
     return sum(n for where, n in saved.items() if where not in given), forward.bytes, backward.bytes
 
 

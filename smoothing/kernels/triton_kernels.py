@@ -1,4 +1,4 @@
-"""The Triton kernels of `passes_triton`: what a program of each does with a row of logits, or a block of tokens.
+"""The Triton kernels of `triton_ops`: what a program of each does with a row of logits, or a block of tokens.
 
 Arithmetic is fp32. Rows without a label are not read, padding columns neither. With `TRITON_INTERPRET=1` the kernels
 run on the CPU, slowly.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from smoothing.kernels.dispatch import interpreted
+from smoothing.kernels.interpreter import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
 

@@ -1,8 +1,8 @@
 """The two passes over a shard's logits by Triton kernels: one read for statistics, one read and write for gradients.
 
 What is between them, a few numbers a token, is one kernel more: dozens of launches would take as long as a pass.
-Whatever floating dtype and strides the logits have, no fp32 copy is made. `passes` says when these run,
-`passes_torch` what they compute, `kernels` how.
+Whatever floating dtype and strides the logits have, no fp32 copy is made. `dispatch` says when these run,
+`torch_ops` what they compute, `triton_kernels` how.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from smoothing.core import agreement
 from smoothing.core.call import LossCall
 from smoothing.core.statistics import Combined, ShardStatistics
-from smoothing.kernels import triton_kernels as kernels
+from smoothing.kernels import triton_kernels
 
 BLOCK = 4096  # columns of a row looked at together
 COMBINE_BLOCK = 128  # tokens whose statistics a program adds up
@@ -31,7 +31,7 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
         )
     if count:
         with _current(logits_TS):
-            kernels.statistics_kernel[(count,)](
+            triton_kernels.statistics_kernel[(count,)](
                 logits_TS,
                 *logits_TS.stride(),
                 target.contiguous(),
@@ -56,7 +56,7 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
 def combine(
     stats_RFT: Tensor, headers_RH: Tensor | None, target: Tensor, call: LossCall, with_prior: bool = True
 ) -> tuple[Combined, Tensor, Tensor | None]:
-    """All ranks' statistics added up, their softmax scale, and the losses. See `passes_torch`."""
+    """All ranks' statistics added up, their softmax scale, and the losses. See `torch_ops`."""
     count, options = len(target), call.options
     # apart from one another: two are kept for backward, and the loss is a caller's, who may write over it
     kept_2T, seen_4T, loss_T = (
@@ -65,7 +65,7 @@ def combine(
     if count:
         header = headers_RH if headers_RH is not None else target  # any tensor will do, since none is read
         with _current(stats_RFT):
-            kernels.combine_kernel[(triton.cdiv(count, COMBINE_BLOCK),)](
+            triton_kernels.combine_kernel[(triton.cdiv(count, COMBINE_BLOCK),)](
                 stats_RFT,
                 *stats_RFT.stride()[:2],
                 header,
@@ -102,14 +102,14 @@ def gradient(
     out_TS: Tensor,
     with_prior: bool = True,
 ) -> Tensor:
-    """The gradient of the logits into `out_TS`, maybe their memory: one read, one write. See `passes_torch`."""
+    """The gradient of the logits into `out_TS`, maybe their memory: one read, one write. See `torch_ops`."""
     options, (count, width) = call.options, out_TS.shape
     if count == 0 or width == 0:
         return out_TS
     block, narrowed = _block(width), out_TS.element_size() < logits_TS.element_size()
     blocks = 1 if narrowed else triton.cdiv(width, block)
     with _current(logits_TS):
-        kernels.gradient_kernel[(count * blocks,)](
+        triton_kernels.gradient_kernel[(count * blocks,)](
             logits_TS,
             *logits_TS.stride(),
             out_TS,
@@ -142,7 +142,7 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     """`gradient *= factor`, one number, in contiguous memory; where that is 1 nothing is read, and nobody waits."""
     if count := gradient.numel():
         with _current(gradient):
-            kernels.scale_kernel[(triton.cdiv(count, SCALE_BLOCK),)](
+            triton_kernels.scale_kernel[(triton.cdiv(count, SCALE_BLOCK),)](
                 gradient, factor, count, BLOCK=SCALE_BLOCK, **COMPILER_OPTIONS
             )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from smoothing.core.call import LossCall
 from smoothing.core.collectives import start_all_reduce
 from smoothing.core.statistics import Combined
-from smoothing.linear import matmul as products
+from smoothing.linear import matmul
 
 
 class Wanted(NamedTuple):
@@ -79,7 +79,7 @@ class HeadGradients:
     def start(self, tile: Tile) -> None:
         """Compute what of a chunk's gradient needs no other rank: `e·W`, where it is factored and wanted."""
         if self.wanted.hidden and self.head.factored:
-            products.hidden_gradient(tile.z_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
+            matmul.hidden_gradient(tile.z_nK, self.head.weight_KH, self.hidden_NH[tile.tokens])
 
     def add(self, tile: Tile, combined: Combined, scale_n: Tensor) -> None:
         """Add a chunk's gradient, once what all ranks know of its tokens is known; `LossCall.softmax_scale` of it.
@@ -115,7 +115,7 @@ class HeadGradients:
             self.reductions.append(start_all_reduce(grad_nH, self.call.shard))
         if self.wanted.weight:
             hidden_nH = self.head.hidden(tile.tokens)
-            products.add_weight_gradient(self.weight_SH[:real_size], exp_nK, hidden_nH * scale_n1)
+            matmul.add_weight_gradient(self.weight_SH[:real_size], exp_nK, hidden_nH * scale_n1)
             self.weight_SH.index_add_(0, column, hidden_nH[owned] * label_weight_1)
         if self.wanted.bias:
             self.bias_S[:real_size].addmv_(exp_nK.t(), scale_n1.squeeze(1))
@@ -124,17 +124,17 @@ class HeadGradients:
     def _add_explicit(self, tile: Tile, combined: Combined, scale_n: Tensor) -> None:
         head, base_n, weight_n = self.head, combined.maximum, self.token_weight_N[tile.tokens]
         # rounded in the logits' own memory; but a bias sums what is not rounded yet
-        out_nK = tile.z_nK if self.wanted.bias else products.narrowed(tile.z_nK, head.gemm_dtype)
+        out_nK = tile.z_nK if self.wanted.bias else matmul.narrowed(tile.z_nK, head.gemm_dtype)
         target = self.call.target[tile.tokens]
         options = {"with_prior": not head.linear}
-        factor_nK = head.passes.gradient(tile.z_nK, target, self.call, base_n, scale_n, weight_n, out_nK, **options)
+        factor_nK = head.backend.gradient(tile.z_nK, target, self.call, base_n, scale_n, weight_n, out_nK, **options)
         real_size = factor_nK.shape[1]
         if self.wanted.bias:
             self.bias_S[:real_size] += factor_nK.sum(0)
         if factor_nK.dtype != head.gemm_dtype:
-            factor_nK = products.tile(factor_nK.shape, head.gemm_dtype, factor_nK.device).copy_(factor_nK)
+            factor_nK = matmul.tile(factor_nK.shape, head.gemm_dtype, factor_nK.device).copy_(factor_nK)
         if self.wanted.hidden:
-            grad_nH = products.hidden_gradient(factor_nK, head.weight_KH, self.hidden_NH[tile.tokens])
+            grad_nH = matmul.hidden_gradient(factor_nK, head.weight_KH, self.hidden_NH[tile.tokens])
             self.reductions.append(start_all_reduce(grad_nH, self.call.shard))
         if self.wanted.weight:
-            products.add_weight_gradient(self.weight_SH[:real_size], factor_nK, head.hidden(tile.tokens))
+            matmul.add_weight_gradient(self.weight_SH[:real_size], factor_nK, head.hidden(tile.tokens))

@@ -7,7 +7,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ from smoothing.core.agreement import Meeting
 from smoothing.core.call import LossCall
 from smoothing.core.collectives import start_all_gather, start_all_reduce
 from smoothing.core.statistics import Combined, ShardStatistics
-from smoothing.kernels.dispatch import passes, uses_triton
-from smoothing.linear import matmul as products
+from smoothing.kernels.dispatch import Backend, backend_for, uses_triton
+from smoothing.linear import matmul
 from smoothing.linear.gradients import HeadGradients, Tile
 from smoothing.linear.statistics import consume
 
@@ -70,7 +69,7 @@ class LinearHead:
 
     @property
     def gemm_dtype(self) -> torch.dtype:
-        return products.gemm_dtype(self.call.input_dtype, self.call.statistics_dtype, self.hidden_NH.device)
+        return matmul.gemm_dtype(self.call.input_dtype, self.call.statistics_dtype, self.hidden_NH.device)
 
     @property
     def linear(self) -> bool:
@@ -78,8 +77,8 @@ class LinearHead:
         return self.call.options.logit_softcap is None
 
     @property
-    def passes(self) -> ModuleType:
-        return passes(self.hidden_NH.device, self.call)
+    def backend(self) -> Backend:
+        return backend_for(self.hidden_NH.device, self.call)
 
     @property
     def factored(self) -> bool:
@@ -108,7 +107,7 @@ class LinearHead:
     def mean_row_part(self) -> Tensor:
         """This shard's part of `w̄ = Σ_v u_v W_v`, and of `b̄ = Σ_v u_v b_v` as one more number: `[H + 1]`."""
         dtype, prior_K = self.call.statistics_dtype, self.prior_column().squeeze(1)
-        row_H = products.weighted_row(self.weight_KH, self.call.prior, self.call.shard.vocab_size, dtype)
+        row_H = matmul.weighted_row(self.weight_KH, self.call.prior, self.call.shard.vocab_size, dtype)
         bias = row_H.new_zeros(())
         if self.bias_K is not None:
             bias = torch.where(prior_K != 0, prior_K * self.bias_K, 0.0).sum()
@@ -138,11 +137,11 @@ class LinearHead:
         step = chunk_length(tokens, most)
         slices = [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
         shape = (min(step, tokens), len(self.weight_KH))
-        return slices, [products.tile(shape, dtype, device) for _ in range(min(buffers, len(slices)))]
+        return slices, [matmul.tile(shape, dtype, device) for _ in range(min(buffers, len(slices)))]
 
     def logits(self, tokens: slice, buffer: Tensor) -> Tensor:
         """`[n, K]` logits, before any softcap. One GEMM."""
-        z_nK = products.logits(self.hidden(tokens), self.weight_KH, buffer[: tokens.stop - tokens.start])
+        z_nK = matmul.logits(self.hidden(tokens), self.weight_KH, buffer[: tokens.stop - tokens.start])
         return z_nK if self.bias_K is None else z_nK.add_(self.bias_K)
 
     def statistics(self, z_nK: Tensor, tokens: slice) -> ShardStatistics:
@@ -150,7 +149,7 @@ class LinearHead:
         target = self.call.target[tokens]
         if self.factored:
             return consume(z_nK, target, self.call)
-        return self.passes.statistics(z_nK, target, self.call, with_prior=not self.linear)
+        return self.backend.statistics(z_nK, target, self.call, with_prior=not self.linear)
 
     def forward(
         self, end_meeting: Callable[[], Meeting], gradients: HeadGradients | None
@@ -193,7 +192,7 @@ class LinearHead:
     def _finish(self, chunk: "_UnderWay", gradients: HeadGradients | None, meeting: Meeting) -> Combined:
         stats_RFn, target = chunk.statistics().unflatten(1, chunk.shape_Fn), self.call.target[chunk.tile.tokens]
         options = {"with_prior": not self.linear}
-        combined, scale_n, _ = self.passes.combine(stats_RFn, meeting.headers_RH, target, self.call, **options)
+        combined, scale_n, _ = self.backend.combine(stats_RFn, meeting.headers_RH, target, self.call, **options)
         if gradients is not None:
             gradients.add(chunk.tile, combined, scale_n)
         return combined

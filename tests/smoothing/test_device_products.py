@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from smoothing import vocab_parallel_linear_cross_entropy
-from smoothing.linear import matmul as products
+from smoothing.linear import matmul
 from smoothing.linear.gradients import power_of_two
 from smoothing.linear.head import LinearHead
 
@@ -37,8 +37,8 @@ class DeviceTorch:
 
 @pytest.fixture(autouse=True)
 def as_on_a_device(monkeypatch):
-    monkeypatch.setattr(products, "gemm_dtype", lambda compute, statistics, device: compute)
-    monkeypatch.setattr(products, "torch", DeviceTorch())
+    monkeypatch.setattr(matmul, "gemm_dtype", lambda compute, statistics, device: compute)
+    monkeypatch.setattr(matmul, "torch", DeviceTorch())
     monkeypatch.setattr(LinearHead, "factored", False)
 
 

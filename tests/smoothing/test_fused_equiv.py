@@ -21,7 +21,7 @@ from smoothing import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
-from smoothing.linear import matmul as products
+from smoothing.linear import matmul
 from smoothing.linear.head import chunk_length, default_chunk_bytes
 from smoothing.linear.matmul import tile
 from tests.support.cases import CASES, IGNORED, Case, build, dense_losses
@@ -600,7 +600,7 @@ def test_hidden_states_are_let_go():
 @pytest.mark.parametrize("how", ["mean", "none"])
 def test_more_tokens_and_rows_than_are_taken_at_a_time(monkeypatch, dtype, with_prior, how):
     """Weights are widened in blocks of rows, Σ g·h and h·w̄ are taken of blocks of tokens; here of several each."""
-    monkeypatch.setattr(products, "BLOCK_ELEMENTS", 7 * 8)  # 7 rows of 8
+    monkeypatch.setattr(matmul, "BLOCK_ELEMENTS", 7 * 8)  # 7 rows of 8
     torch.manual_seed(0)
     hidden, weight = torch.randn(9001, 8).to(dtype), torch.randn(37, 8).to(dtype)
     target = torch.randint(37, (9001,))

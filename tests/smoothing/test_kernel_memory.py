@@ -13,7 +13,7 @@ import torch
 from smoothing import VocabShard
 from smoothing.core.call import LossCall
 from smoothing.core.options import LossOptions
-from smoothing.linear import matmul as products
+from smoothing.linear import matmul
 from tests.support.kernel_memory import watched
 from tests.support.ranks import Ranks
 
@@ -65,9 +65,9 @@ def once_where_needed(size: tuple[int, int]) -> torch.Tensor:
 def statistics_seen(size, dtype, options: dict):
     logits, target, call = problem(size, dtype, **options)
     with watched() as launches:
-        from smoothing.kernels import triton_ops as passes_triton
+        from smoothing.kernels import triton_ops
 
-        passes_triton.statistics(logits, target, call)
+        triton_ops.statistics(logits, target, call)
     (launch,) = launches
     return launch.reads(logits), launch.writes(launch.tensors[3]), launch.reads(launch.tensors[2])
 
@@ -91,11 +91,11 @@ def gradient_seen(size, dtype, options: dict, where: str):
     if where == "elsewhere":
         out = torch.empty_like(logits)
     else:
-        out = logits if where == "in place" else products.narrowed(logits, torch.bfloat16)
+        out = logits if where == "in place" else matmul.narrowed(logits, torch.bfloat16)
     with watched() as launches:
-        from smoothing.kernels import triton_ops as passes_triton
+        from smoothing.kernels import triton_ops
 
-        passes_triton.gradient(logits, target, call, maximum, scale, weight, out)
+        triton_ops.gradient(logits, target, call, maximum, scale, weight, out)
     (launch,) = launches
     return launch.reads(logits), launch.writes(out), len(launch.stores.elements()[0]) - out.numel()
 
@@ -125,9 +125,9 @@ def combine_seen(with_prior: bool, count: int):
     _, _, call = problem((300, 0), torch.float32)
     stats, target = torch.rand(1, 4 if with_prior else 3, count), torch.zeros(count, dtype=torch.int64)
     with watched() as launches:
-        from smoothing.kernels import triton_ops as passes_triton
+        from smoothing.kernels import triton_ops
 
-        passes_triton.combine(stats, None, target, call, with_prior)
+        triton_ops.combine(stats, None, target, call, with_prior)
     (launch,) = launches
     return launch.reads(stats)[0], [launch.writes(tensor) for tensor in launch.tensors[-3:]]
 
@@ -144,9 +144,9 @@ def test_what_is_between_them_is_written_once(alone, with_prior, count):
 def scale_seen(count: int, factor: float):
     gradient, by = torch.ones(count), torch.tensor(factor)
     with watched() as launches:
-        from smoothing.kernels import triton_ops as passes_triton
+        from smoothing.kernels import triton_ops
 
-        passes_triton.scale(gradient, by)
+        triton_ops.scale(gradient, by)
     return launches[0].reads(gradient), launches[0].writes(gradient)
 
 

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from smoothing import VocabShard, vocab_parallel_cross_entropy
 from smoothing.core.call import LossCall
 from smoothing.core.options import LossOptions
-from smoothing.kernels import dispatch as passes
-from smoothing.kernels import torch_ops as passes_torch
-from smoothing.linear import matmul as products
+from smoothing.kernels import dispatch, torch_ops
+from smoothing.linear import matmul
 from tests.smoothing.test_fused_equiv import NAMES, assert_equals_plain, fused
 from tests.support.cases import CASES, build
 from tests.support.kernel_memory import watched
@@ -39,9 +38,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def interpreter():
     """The kernels instead of torch operations; yields the names of those that have run."""
     with watched():
-        from smoothing.kernels import triton_ops as passes_triton
+        from smoothing.kernels import triton_ops
 
-        plain, ran = {name: getattr(passes_triton, name) for name in KERNELS}, set()
+        plain, ran = {name: getattr(triton_ops, name) for name in KERNELS}, set()
 
         def noted(name: str):
             def run(*args, **kwargs):
@@ -59,7 +58,7 @@ def interpreter():
             return out.copy_(plain["gradient"](*rest, torch.empty_like(out, dtype=torch.float32), **kwargs))
 
         instead = {"statistics": noted("statistics"), "combine": noted("combine"), "gradient": gradient}
-        with mock.patch.multiple(passes_triton, **instead):
+        with mock.patch.multiple(triton_ops, **instead):
             yield ran
 
 
@@ -173,22 +172,20 @@ def rounded_in_place(width: int, dtype) -> list[torch.Tensor]:
     _, target, options = case.share(0, torch.float32)
     logits, shard = case.logits.float(), VocabShard(0, width, 9000)
     call = LossCall(target, shard, LossOptions(**options), None, torch.float32, torch.float32)
-    combined, scale, _ = passes_torch.combine(
-        *call.gather(passes_torch.statistics(logits, target, call)), target, call
-    )
+    combined, scale, _ = torch_ops.combine(*call.gather(torch_ops.statistics(logits, target, call)), target, call)
     numbers = (combined.maximum, scale, torch.linspace(0.5, 1, 5))
 
     def gradient(module, tile, out):
         return module.gradient(tile, target, call, *numbers, out)
 
     with watched():
-        from smoothing.kernels import triton_ops as passes_triton
+        from smoothing.kernels import triton_ops
 
-        results = [gradient(passes_triton, logits, torch.empty_like(logits, dtype=dtype))]
-        for module in (passes_triton, passes_torch):
+        results = [gradient(triton_ops, logits, torch.empty_like(logits, dtype=dtype))]
+        for module in (triton_ops, torch_ops):
             memory = torch.cat([logits, torch.full((5, 7), 3.0)], 1)
             tile = memory[:, :width]
-            results += [gradient(module, tile, products.narrowed(tile, dtype)), memory[:, width:]]
+            results += [gradient(module, tile, matmul.narrowed(tile, dtype)), memory[:, width:]]
     return results
 
 
@@ -205,9 +202,9 @@ def scaled(count: int, factor: float, dtype):
     """A gradient of so many elements scaled by the kernel, with two elements of somebody else's behind it."""
     memory = torch.linspace(-1, 1, count + 2).to(dtype)
     with watched():
-        from smoothing.kernels import triton_ops as passes_triton
+        from smoothing.kernels import triton_ops
 
-        passes_triton.scale(memory[:count], torch.tensor(factor))
+        triton_ops.scale(memory[:count], torch.tensor(factor))
     return memory
 
 
@@ -225,11 +222,10 @@ def test_a_gradient_is_scaled(factor, dtype):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where Triton works")
 def test_where_triton_cannot_launch_torch_operations_run(monkeypatch, caplog):
     """As on a GPU without a C compiler: the kernels can be imported, and what launches them cannot be made."""
-    monkeypatch.setattr(passes, "_found", {})
-    monkeypatch.setattr(passes, "_told", set())
+    monkeypatch.setattr(dispatch, "_triton_works", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
     with caplog.at_level("INFO", "smoothing"):
         call = SimpleNamespace(soft=False, statistics_dtype=torch.float32)
-        assert passes.passes(torch.device("cuda"), call) is passes_torch
-    assert (
-        "need Triton, a C compiler" in caplog.text and "passes over logits on cuda: torch operations" in caplog.text
-    )
+        assert dispatch.backend_for(torch.device("cuda"), call) is torch_ops
+    assert "the kernels need Triton, a C compiler" in caplog.text
+    assert "backend of the loss on cuda: torch operations" in caplog.text

@@ -22,8 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from smoothing.core import agreement
-from smoothing.kernels import triton_kernels as kernels
-from smoothing.kernels import triton_ops as passes_triton
+from smoothing.kernels import triton_kernels, triton_ops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 THREADS = 128  # four warps, Triton's default
@@ -77,7 +76,7 @@ def compiled(kernel, variant: Variant, **more):
         "UNIFORM": variant.uniform,
         "WITH_FIELD": variant.field,
         "NARROWED": variant.logits == "fp32" and variant.out != "fp32",
-        "BLOCK": passes_triton.COMBINE_BLOCK if kernel is kernels.combine_kernel else passes_triton.BLOCK,
+        "BLOCK": triton_ops.COMBINE_BLOCK if kernel is triton_kernels.combine_kernel else triton_ops.BLOCK,
         "HEADER": agreement.HEADER_FIELDS,
         "START": agreement.START,
         "MASS": agreement.PRIOR_MASS,
@@ -97,7 +96,7 @@ def compiled(kernel, variant: Variant, **more):
     ]
     source = ASTSource(kernel, types, constants, {(place,): [["tt.divisibility", 16]] for place in by_16})
     target = GPUTarget("cuda", variant.capability, 32)
-    return triton.compile(source, target=target, options=passes_triton.COMPILER_OPTIONS)
+    return triton.compile(source, target=target, options=triton_ops.COMPILER_OPTIONS)
 
 
 def instructions(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
@@ -118,7 +117,7 @@ def longest_loop(code: list[tuple[int, str]]) -> int:
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_machine_code(variant, name, tmp_path):
-    binary = compiled(getattr(kernels, name), variant)
+    binary = compiled(getattr(triton_kernels, name), variant)
     ptx, code = binary.asm["ptx"], instructions(binary.asm["cubin"], tmp_path)
     assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
     assert ".f64" not in ptx
@@ -135,19 +134,19 @@ def test_machine_code(variant, name, tmp_path):
         assert ("|" in order) == (variant.logits != variant.out)
         assert ("rw" in order) == (variant.aligned and variant.logits == variant.out), order
     if not variant.capped:  # a tanh is more than a pass can hide
-        assert longest_loop(code) <= ALLOWED[name] * passes_triton.BLOCK // THREADS
+        assert longest_loop(code) <= ALLOWED[name] * triton_ops.BLOCK // THREADS
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_what_adds_statistics_up(ranks, tmp_path):
-    binary = compiled(kernels.combine_kernel, Variant(), RANKS=ranks)
+    binary = compiled(triton_kernels.combine_kernel, Variant(), RANKS=ranks)
     code = instructions(binary.asm["cubin"], tmp_path)
     assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
     assert (".f64" in binary.asm["ptx"]) == (ranks > 1)  # the masses of the ranks' shards travel so
 
 
 def test_what_scales_a_gradient(tmp_path):
-    binary = compiled(kernels.scale_kernel, Variant())
+    binary = compiled(triton_kernels.scale_kernel, Variant())
     assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(re.findall(r"(?:ld|st)\.global[\w.]*", binary.asm["ptx"]))
     code = instructions(binary.asm["cubin"], tmp_path)
     assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smoothing.core import call
-from smoothing.kernels import dispatch as passes
-from smoothing.kernels import triton_kernels as kernels
+from smoothing.kernels import dispatch, triton_kernels
 
 aten = torch.ops.aten
 WITHOUT_A_KERNEL = {"empty", "empty_like", "new_empty", "lift_fresh", "promote_types", "reshape_alias"}
@@ -108,10 +107,10 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[Seen]:
     seen = Seen()
     patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    patch.setitem(passes._found, "cuda", True)
+    patch.setitem(dispatch._triton_works, "cuda", True)
     patch.setattr(call, "_headers", {})
     for name in ("statistics_kernel", "combine_kernel", "gradient_kernel", "scale_kernel"):
-        patch.setattr(kernels, name, _Kernel(name, seen))
+        patch.setattr(triton_kernels, name, _Kernel(name, seen))
     with FakeTensorMode(), seen:
         yield seen
 

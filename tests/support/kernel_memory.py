@@ -1,7 +1,7 @@
 """What kernels do with memory, followed in Triton's interpreter access by access.
 
     with watched() as launches:
-        passes_triton.gradient(...)   # imported in here
+        triton_ops.gradient(...)   # imported in here
     launches[0].reads(logits)     # how often each element was read, in the tensor's shape
 
 Every launch is checked. It stays inside the tensors that it was given; and a byte that it writes is written once, and
