@@ -14,7 +14,9 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from launch.common.errors import UserError
+from launch.common.errors import Reject, UserError
+from launch.common.messages import error_line
+from launch.common.strict_json import StrictDecoder
 from launch.config.deepspeed_sections import (
     AUTO,
     check_like,
@@ -24,8 +26,6 @@ from launch.config.deepspeed_sections import (
     check_scheduler,
     unknown_key,
 )
-from launch.data.records import Reject
-from launch.data.sources.json_files import StrictDecoder
 
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 MODELS = {
@@ -75,12 +75,12 @@ def check_file(config: dict, where: str) -> None:
             raise unknown_key(where, name, known.keys() - UNSUPPORTED.keys())
     removed = _refusal({name: {} for name in config})
     if isinstance(removed, DeepSpeedConfigError):  # it still knows the names of what it no longer has, and says so
-        raise UserError(f"{where}: {_one_line(removed)}")
+        raise UserError(f"{where}: {error_line(removed)}")
     for name, value in config.items():
         _check_value(name, value, known[name], config, f"{where}: {name}")
     refusal = _refusal(config)
     if refusal is not None:
-        raise UserError(f"{where}: DeepSpeed refuses it: {_one_line(refusal)}")
+        raise UserError(f"{where}: DeepSpeed refuses it: {error_line(refusal)}")
 
 
 def _check_value(name: str, value: Any, default: Any, config: dict, where: str) -> None:
@@ -142,10 +142,6 @@ def _refusal(config: dict) -> Exception | None:
     except Exception as fault:
         return fault
     return None
-
-
-def _one_line(fault: Exception) -> str:
-    return " ".join(str(fault).split()) or type(fault).__name__
 
 
 def _without_auto(value: Any) -> Any:

@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from pydantic import BaseModel, ValidationError
 
 from launch.common.errors import UserError
-from launch.common.nearest import nearest
+from launch.common.messages import did_you_mean
 
 AUTO = "auto"
 # what transformers fills in (HfTrainerDeepSpeedConfig); any other "auto" would reach an optimizer as a word
@@ -27,7 +27,7 @@ SWITCHES = {"adam": ADAM_SWITCHES, "adamw": ADAM_SWITCHES}
 
 
 def unknown_key(where: str, name: str, known: Iterable[str]) -> UserError:
-    return UserError(f"{where}: unknown key {name!r}{nearest(name, known)}")
+    return UserError(f"{where}: unknown key {name!r}{did_you_mean(name, known)}")
 
 
 def check_object(given: Any, where: str) -> None:
@@ -88,7 +88,7 @@ def check_optimizer(given: Any, offloaded: bool, where: str) -> None:
     if kind.lower() in NEEDS_MUP:
         raise UserError(f"{where}.type {kind!r} needs the package mup, which is none of this project's")
     if kind not in known and kind.lower() not in DEEPSPEED_OPTIMIZERS:
-        raise UserError(f"{where}.type: no optimizer is named {kind!r}{nearest(kind, known)}")
+        raise UserError(f"{where}.type: no optimizer is named {kind!r}{did_you_mean(kind, known)}")
     if "legacy_fusion" in given:
         check_like(given["legacy_fusion"], False, f"{where}.legacy_fusion")
     if "max_grad_norm" in params:
@@ -104,7 +104,7 @@ def check_scheduler(given: Any, where: str) -> None:
     classes = _classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
     classes |= {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES}
     if kind not in classes:
-        raise UserError(f"{where}.type: no scheduler is named {kind!r}{nearest(kind, classes)}")
+        raise UserError(f"{where}.type: no scheduler is named {kind!r}{did_you_mean(kind, classes)}")
     defaults = _parameters(classes[kind])
     _check_params(params, defaults, FILLED["scheduler"], f"{where}.params")
     for name, default in defaults.items():
@@ -168,7 +168,7 @@ def _sentence(error: dict, where: str) -> str:
     if error["type"] in ("enum", "literal_error"):  # of stages pydantic counts the largest twice
         choices = [*dict.fromkeys(re.findall(r"\w+", error["ctx"]["expected"].replace(" or ", " ")))]
         expected = f"must be one of {', '.join(choices)}"
-    return f"{key} {expected}, got {_shown(error['input'])}{nearest(error['input'], choices)}"
+    return f"{key} {expected}, got {_shown(error['input'])}{did_you_mean(error['input'], choices)}"
 
 
 def _type_and_params(given: Any, where: str, others: set[str]) -> tuple[str, dict]:

@@ -1,6 +1,5 @@
 """What a run is told: flags over a recipe over defaults, every key known, every value of its type."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -10,6 +9,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from launch.common.errors import UserError
+from launch.common.messages import did_you_mean
 from launch.config.training_arguments import check_values
 from smoothing.linear_loss import chunk_bytes_fault
 
@@ -185,8 +185,7 @@ def _unknown_key(word: str, known: set[str], where: str) -> str:
     name = word.split("=")[0].lstrip("-")
     if not word.startswith("-"):
         return f"{where}: {word!r} stands after no flag; every value belongs to one, as in --data train.jsonl"
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
+    return f"{where}: unknown key {name!r}{did_you_mean(name, known) or '; see --help'}"
 
 
 def _recipe_path(flags: dict) -> Path | None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 import datasets
 
-from launch.common.text import one_line, shortened
+from launch.common.errors import Reject
+from launch.common.messages import one_line, shortened
 from launch.data.examples.encoding import encode
 from launch.data.examples.formats import FORMATS, ChatExample, Example, TextExample, detect_format, to_example
 from launch.data.examples.rows import IGNORED
 from launch.data.examples.special_tokens import SpelledOut
-from launch.data.records import DataError, DropReport, Record, Reject
+from launch.data.records import DataError, DropReport, Record
 from launch.data.sources.files import read_records
 from launch.data.sources.stdlib_docstrings import docstring_corpus
 from launch.data.train_tokenizer import train_tokenizer

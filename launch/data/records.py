@@ -4,20 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.common.errors import UserError
-from launch.common.text import one_line
+from launch.common.errors import Reject, UserError
+from launch.common.messages import one_line
 
 
 class DataError(UserError):
     """For the user: one sentence on what was expected, what came, and what to do."""
-
-
-class Reject(Exception):
-    """One row cannot be used, or a `whole_file`; `reason` is counted, `detail` is this one's particulars."""
-
-    def __init__(self, reason: str, detail: str = "", whole_file: bool = False):
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason, self.detail, self.whole_file = reason, detail, whole_file
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import set_zero3_state
 
 from launch.common.errors import UserError
-from launch.common.nearest import nearest
+from launch.common.messages import did_you_mean, error_line
+from launch.common.units import GIB
 from launch.config.options import SftOptions
-from launch.preflight.memory import GIB
 from launch.process.ranks import world_size
 
 SIZES = (
@@ -65,17 +65,14 @@ def build_model(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def one_line(fault: Exception) -> str:
-    """All that it says, as transformers breaks the line before the reason; but no stack of torch's C++."""
-    return " ".join(str(fault).split("Exception raised from")[0].split()) or type(fault).__name__
-
-
 def _config_class(given: dict) -> type[PreTrainedConfig]:
     model_type = given.get("model_type")
     if model_type is None:
         raise UserError("--model_config needs a model_type, for example llama")
     if model_type not in list(CONFIG_MAPPING):  # a list, as what came may not be hashable
-        near = nearest(model_type, CONFIG_MAPPING) or "; those of transformers are lower-case names such as llama"
+        near = (
+            did_you_mean(model_type, CONFIG_MAPPING) or "; those of transformers are lower-case names such as llama"
+        )
         raise UserError(f"--model_config: unknown model_type {model_type!r}{near}")
     config_class = CONFIG_MAPPING[model_type]
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -99,14 +96,18 @@ def _check_dtype(values: dict) -> None:
         value = values.get(name)
         if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
             known = [key for key, kind in vars(torch).items() if isinstance(kind, torch.dtype)]
-            raise UserError(f"--model_config: {name} must be one of torch's, got {value!r}{nearest(value, known)}")
+            raise UserError(
+                f"--model_config: {name} must be one of torch's, got {value!r}{did_you_mean(value, known)}"
+            )
 
 
 def _check_keys(given: dict, config_class: type[PreTrainedConfig]) -> None:
     """transformers takes a misspelt key in silence, and the model is not the one that was asked for."""
     known = config_class().to_dict().keys() | config_class.attribute_map.keys()
     for name in given.keys() - known:
-        raise UserError(f"--model_config: unknown key {name!r} for {config_class.model_type}{nearest(name, known)}")
+        raise UserError(
+            f"--model_config: unknown key {name!r} for {config_class.model_type}{did_you_mean(name, known)}"
+        )
 
 
 def _check_heads(config: PreTrainedConfig) -> None:
@@ -137,9 +138,9 @@ def _reason(fault: Exception, given: dict) -> str:
     if isinstance(fault, KeyError):  # a name that is looked up in a table, and no more is said than the name
         for key, value in _leaves(given):
             if value == fault.args[0]:
-                return f"{key}: there is no {value!r}{nearest(value, [*ACT2FN, *ROPE_INIT_FUNCTIONS])}"
+                return f"{key}: there is no {value!r}{did_you_mean(value, [*ACT2FN, *ROPE_INIT_FUNCTIONS])}"
     kind = "" if isinstance(fault, ValueError | TypeError) else f"{type(fault).__name__}: "
-    return f"{kind}{one_line(fault)}"
+    return f"{kind}{error_line(fault)}"
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

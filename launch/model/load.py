@@ -16,10 +16,10 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_config
 
 from launch.common.errors import UserError
-from launch.common.text import shortened
+from launch.common.messages import error_line, shortened, typed_error_line
 from launch.config.options import SftOptions
 from launch.data.train_tokenizer import train_tokenizer
-from launch.model.build import build_model, one_line
+from launch.model.build import build_model
 from launch.process.exit import has_its_sentence
 from launch.process.ranks import say
 from smoothing.install import causal_lm, check_model
@@ -33,9 +33,11 @@ def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     except StrictDataclassError as fault:
-        raise UserError(f"--model {options.model}: its config.json: {one_line(fault)}") from None
+        raise UserError(f"--model {options.model}: its config.json: {error_line(fault)}") from None
     except Exception as fault:  # whatever its files make a library stumble over
-        raise UserError(f"no tokenizer could be loaded from --model {options.model}: {_named(fault)}") from None
+        raise UserError(
+            f"no tokenizer could be loaded from --model {options.model}: {typed_error_line(fault)}"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {options.model} has no end-of-sequence token, so nothing could learn to stop"
@@ -78,11 +80,11 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
                 output_loading_info=True,
             )
     except StrictDataclassError as fault:
-        raise UserError(f"--model {options.model}: its config.json: {one_line(fault)}") from None
+        raise UserError(f"--model {options.model}: its config.json: {error_line(fault)}") from None
     except Exception as fault:  # whatever its files make a library stumble over
         if has_its_sentence(fault) and not isinstance(fault, OSError | SafetensorError):
             raise
-        raise UserError(f"--model {options.model} could not be loaded: {_named(fault)}") from None
+        raise UserError(f"--model {options.model} could not be loaded: {typed_error_line(fault)}") from None
     _check_loaded(options.model, found)
     return model
 
@@ -182,14 +184,6 @@ def _check_generation(model: PreTrainedModel) -> None:
             model.generation_config.validate(strict=True)
     except Exception as fault:
         raise UserError(
-            f"generation_config.json of the model cannot be saved again: {_in_a_line(fault)} Mend it "
+            f"generation_config.json of the model cannot be saved again: {error_line(fault)} Mend it "
             "(do_sample true goes with temperature and top_p), or remove the file"
         ) from None
-
-
-def _named(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {_in_a_line(fault)}"
-
-
-def _in_a_line(fault: Exception) -> str:
-    return shortened(" ".join(str(fault).split()), 300)

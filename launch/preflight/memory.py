@@ -6,9 +6,9 @@ activations of a plain transformer layer. Fragmentation, communication buffers a
 
 from dataclasses import dataclass
 
+from launch.common.units import GIB
 from smoothing.linear.head import default_chunk_bytes
 
-GIB = 2**30
 # Values kept for backward by a transformer layer, in units of tokens·hidden: the inputs of its matrix products,
 # norms and activation function, with attention that keeps no score matrix.
 KEPT_PER_LAYER = 34 / 2

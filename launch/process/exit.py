@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from launch.common.errors import LocalError, UserError
-from launch.common.text import first_line, printable, shortened
+from launch.common.messages import error_line, printable
 from launch.process.ranks import is_main, leave, rank
 from launch.process.signals import Stopped
 from smoothing import UnsupportedModel
@@ -86,9 +86,9 @@ def _mishap(fault: Exception) -> str | None:
     if isinstance(fault, OSError | SafetensorError):
         return f"error: rank {rank()}: a file could not be read or written: {text}"
     if isinstance(fault, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in text:
-        return f"error: rank {rank()} has no memory left ({first_line(fault)}); {LESS_MEMORY}"
+        return f"error: rank {rank()} has no memory left ({error_line(fault)}); {LESS_MEMORY}"
     if _peer_lost(fault):
-        reason = shortened(first_line(fault), 200)
+        reason = error_line(fault, 200)
         return f"rank {rank()}: another rank is gone, this one stops; what it said stands above (seen here: {reason})"
     return None
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from launch.common.errors import UserError
-from launch.common.text import printable
+from launch.common.messages import printable
 from launch.process.device import uses_gpu
 from launch.process.network import choose_interface
 

@@ -8,8 +8,8 @@ from transformers import TrainerCallback
 
 from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
+from launch.common.messages import typed_error_line
 from launch.common.paths import TRACEBACK
-from launch.common.text import first_line
 from launch.process.exit import has_its_sentence
 from launch.process.ranks import rank
 
@@ -36,7 +36,7 @@ class Starting(TrainerCallback):
         file = self.run / TRACEBACK.format(rank=rank())
         with suppress(OSError):
             write_whole(file, "".join(traceback.format_exception(fault)))
-        reason = f"{type(fault).__name__}: {first_line(fault)}"
+        reason = typed_error_line(fault)
         raise UserError(
             f"the run cannot start as it was asked to: {reason}; all of the error is in {file}"
         ) from fault

@@ -19,8 +19,9 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.common.errors import LocalError, UserError
+from launch.common.messages import error_line
 from launch.common.paths import CHECKPOINT, CHECKPOINT_PARTIAL, DAMAGED, REMOVED
-from launch.common.text import first_line
+from launch.common.units import GIB
 from launch.process.ranks import from_main, is_main, on_all_ranks, rank, say, world_size
 from launch.run.manifest import Entry, Manifest
 
@@ -215,5 +216,5 @@ def _of_writing(fault: Exception) -> bool:
 def _not_written(run: Path, name: str, fault: Exception) -> str:
     earlier = checkpoints(run)
     stands = f"{earlier[0]} stands, and the same command goes on from it" if earlier else "there is none before it"
-    reason = f"{first_line(fault)}; {shutil.disk_usage(run).free / 2**30:.1f} GiB are free there"
+    reason = f"{error_line(fault)}; {shutil.disk_usage(run).free / GIB:.1f} GiB are free there"
     return f"{run / name} could not be written ({reason}): the run stops; {stands}"

@@ -9,8 +9,8 @@ from pathlib import Path
 from deepspeed.checkpoint import ds_to_universal
 
 from launch.common.errors import UserError
+from launch.common.messages import error_line
 from launch.common.paths import UNIVERSAL_PARTIAL, WEIGHTS
-from launch.common.text import first_line
 
 LAYOUT = {"tp": "tensor parallelism", "data_parallel": "data-parallel ranks", "zero": "ZeRO stage"}
 
@@ -61,7 +61,7 @@ def convert(checkpoint: Path, run: Path) -> Path:
             ds_to_universal.main(args)
     except Exception as fault:
         raise UserError(
-            f"{checkpoint} cannot be converted to another layout over ranks: {first_line(fault)}"
+            f"{checkpoint} cannot be converted to another layout over ranks: {error_line(fault)}"
         ) from fault
     (folder / "latest_universal").write_text(target.name)
     return folder

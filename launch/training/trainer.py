@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.common.errors import UserError
 from launch.common.paths import CHECKPOINT
+from launch.common.units import GIB
 from launch.data.sampler import GroupedByLength
 from launch.model.attention_mask import padding_is_unseen
 from launch.process.device import uses_gpu
@@ -245,7 +246,7 @@ class SftTrainer(Trainer):
 def peak_memory_gib() -> float:
     """Largest memory this process has held: the device's allocator's high-water mark, or resident memory on a CPU."""
     if uses_gpu():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from launch.preflight.memory import GIB, Setup, estimate
+from launch.common.units import GIB
+from launch.preflight.memory import Setup, estimate
 
 PLAIN = Setup(
     parameters=10**9,

@@ -6,10 +6,11 @@ With one answer the rendered prompt is what precedes it. With several the templa
 
 import re
 
-from launch.common.text import first_line, shortened
+from launch.common.errors import Reject
+from launch.common.messages import error_line, typed_error_line
 from launch.data.examples.formats import ChatExample, unicode
 from launch.data.examples.rows import IGNORED, Row, join, strip_left, token_ids
-from launch.data.records import DataError, Reject
+from launch.data.records import DataError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -41,7 +42,7 @@ def _template(tokenizer) -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:  # several, and none of them the default
-        raise Reject("the tokenizer names no default chat template", shortened(first_line(error))) from None
+        raise Reject("the tokenizer names no default chat template", error_line(error, 80)) from None
 
 
 def _render(tokenizer, messages, **options):
@@ -52,8 +53,7 @@ def _render(tokenizer, messages, **options):
     except Reject:
         raise
     except Exception as error:
-        detail = shortened(f"{type(error).__name__}: {error}")
-        raise Reject("the chat template refuses the conversation", detail) from None
+        raise Reject("the chat template refuses the conversation", typed_error_line(error, 80)) from None
 
 
 def _one_answer(example: ChatExample, tokenizer, max_length: int) -> Row:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.common.text import shortened
-from launch.data.records import Record, Reject
+from launch.common.errors import Reject
+from launch.common.messages import shortened
+from launch.data.records import Record
 
 FORMATS = {
     "already tokenised": ("input_ids", "labels"),

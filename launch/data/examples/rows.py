@@ -6,9 +6,9 @@ loses tokens on its left, after BOS; a completion is never cut.
 
 from typing import TypedDict
 
-from launch.common.text import first_line, shortened
+from launch.common.errors import Reject
+from launch.common.messages import error_line, shortened
 from launch.data.examples.formats import TokenExample
-from launch.data.records import Reject
 
 IGNORED = -100
 
@@ -27,7 +27,7 @@ def token_ids(text: str, tokenizer) -> list[int]:
         # verbose=False: no warning about model_max_length, as the length is checked here.
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as error:  # it came with the model, and may raise anything
-        raise Reject("the tokenizer refuses the text", shortened(first_line(error))) from None
+        raise Reject("the tokenizer refuses the text", error_line(error, 80)) from None
 
 
 def join(prompt: list[int], completion: list[int], tokenizer, max_length: int) -> Row:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from launch.common.text import one_line, shortened
-from launch.data.records import DataError, DropReport, Reject
+from launch.common.errors import Reject
+from launch.common.messages import one_line, shortened
+from launch.data.records import DataError, DropReport
 
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by `datasets` beside its data
 TRAIN = "train"

@@ -8,10 +8,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from launch.common.text import shortened
-from launch.data.records import DataError, DropReport, Record, Reject
+from launch.common.errors import Reject
+from launch.common.messages import shortened
+from launch.common.strict_json import repeated
+from launch.data.records import DataError, DropReport, Record
 from launch.data.sources.directory import files_of
-from launch.data.sources.json_files import GZIP_MAGIC, json_lines, json_list, repeated
+from launch.data.sources.json_files import GZIP_MAGIC, json_lines, json_list
 
 BINARY_MAGIC = (b"\x89PNG", b"PK\x03\x04", b"\x7fELF", b"%PDF", b"\xff\xd8\xff", b"\x80\x02", b"\x80\x04")
 UNCLOSED = "unexpected end of data"  # what csv says of nothing but a quote

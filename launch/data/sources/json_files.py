@@ -1,58 +1,18 @@
 """JSON with line numbers: JSON lines read one line at a time, lists read one item at a time."""
 
 import gzip
-import json
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from launch.common.text import shortened
-from launch.data.records import DataError, Record, Reject
+from launch.common.errors import Reject
+from launch.common.strict_json import StrictDecoder
+from launch.data.records import DataError, Record
 
 GZIP_MAGIC = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 LONGEST_LINE = 2**26  # bytes
-
-
-class StrictDecoder:
-    """A JSON decoder of objects that also notices duplicate keys, NaN and infinity."""
-
-    def __init__(self):
-        self._unusable: list[Reject] = []
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
-
-    def decode_at(self, text: str, start: int = 0) -> tuple[Any, int, Reject | None]:
-        """The value at `start`, where it ends, and why it is unusable. Raises Reject if it has no end."""
-        self._unusable.clear()
-        try:
-            value, end = self._decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            raise Reject("broken JSON", f"{error.msg}, column {error.colno}") from None
-        except RecursionError:
-            raise Reject("broken JSON", "nested too deeply") from None
-        except ValueError as error:  # a number of more than 4300 digits
-            raise Reject("broken JSON", str(error).split(";")[0]) from None
-        if self._unusable:
-            return value, end, self._unusable[0]
-        if not isinstance(value, dict):
-            return value, end, Reject("not a JSON object", type(value).__name__)
-        return value, end, None
-
-    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            self._unusable.append(Reject("duplicate keys", shortened(repeated(key for key, _ in pairs))))
-        return fields
-
-    def _constant(self, name: str) -> None:
-        self._unusable.append(Reject("broken JSON", f"{name} is not JSON"))
-
-
-def repeated(names: Iterable[str]) -> str | None:
-    """The first name that is there more than once."""
-    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def json_lines(path: Path) -> Iterator[Record | tuple[str, Reject]]:

@@ -9,10 +9,11 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from launch.common.errors import Reject
 from launch.data.examples.encoding import encode
 from launch.data.examples.formats import TextExample, TokenExample, detect_format, to_example
 from launch.data.load import encode_examples, read_examples, training_texts
-from launch.data.records import DataError, Reject
+from launch.data.records import DataError
 from launch.data.sources.stdlib_docstrings import docstring_corpus, is_heldout
 from launch.data.train_tokenizer import train_tokenizer
 

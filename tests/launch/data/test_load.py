@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from launch.common.errors import Reject
 from launch.data.batches import PadToLongest
 from launch.data.examples.formats import TextExample
 from launch.data.examples.special_tokens import SpelledOut
 from launch.data.load import describe_example, encode_examples, load_sft_data, read_examples
-from launch.data.records import DataError, DropReport, Reject
+from launch.data.records import DataError, DropReport
 from launch.data.train_tokenizer import train_tokenizer
 
 

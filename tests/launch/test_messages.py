@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from launch.common.text import one_line, printable, shortened
+from launch.common.errors import Reject
+from launch.common.messages import did_you_mean, error_line, one_line, printable, shortened, typed_error_line
 from launch.data.load import load_sft_data, read_examples
-from launch.data.records import DataError, DropReport, Reject
+from launch.data.records import DataError, DropReport
 from launch.data.sources.files import read_records
 from launch.data.train_tokenizer import train_tokenizer
 
@@ -30,6 +31,25 @@ def test_what_is_long_is_cut():
     assert shortened("a" * 80) == "a" * 80
     assert shortened("a" * 81) == "a" * 77 + "..."
     assert shortened("\n" * 10**6, 10) == r"\n\n\n\..."
+
+
+def test_an_error_is_one_line():
+    assert error_line(ValueError("expected\n  a,\tgot b\n")) == "expected a, got b"
+    assert error_line(ValueError(ESCAPE + "x" * 400), 20) == r"\x1b[2J" + "x" * 10 + "..."
+    assert error_line(ValueError(" \n")) == "ValueError"
+    assert typed_error_line(OSError("no")) == "OSError: no"
+
+
+@pytest.mark.parametrize(
+    "stack", ["\nframe #0: c10::Error", "\nException raised from alloc at a.cpp:1 (frame #0: f)"]
+)
+def test_a_stack_of_cpp_is_left_out(stack):
+    assert error_line(RuntimeError("not enough memory" + stack)) == "not enough memory"
+
+
+def test_the_nearest_name():
+    assert did_you_mean("smothing", ["smoothing", "seed"]) == "; did you mean 'smoothing'?"
+    assert did_you_mean("zzz", ["smoothing"]) == did_you_mean(3, ["smoothing"]) == ""
 
 
 def test_a_row_of_the_report_is_one_line():

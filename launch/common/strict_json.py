@@ -1,0 +1,52 @@
+"""JSON objects as their writer meant them: no key twice, no NaN, no infinity, a bound on depth and digits."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from launch.common.errors import Reject
+from launch.common.messages import shortened
+
+
+class StrictDecoder:
+    """A JSON decoder of objects that also notices duplicate keys, NaN and infinity."""
+
+    def __init__(self):
+        self._unusable: list[Reject] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
+
+    def decode_at(self, text: str, start: int = 0) -> tuple[Any, int, Reject | None]:
+        """Decode the value at `start`.
+
+        Returns: the value, the position behind it, and why it is unusable (None if it is an object that is usable).
+        Raises: Reject if the text is broken, so that nobody knows where the value ends.
+        """
+        self._unusable.clear()
+        try:
+            value, end = self._decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise Reject("broken JSON", f"{error.msg}, column {error.colno}") from None
+        except RecursionError:
+            raise Reject("broken JSON", "nested too deeply") from None
+        except ValueError as error:  # a number of more than 4300 digits
+            raise Reject("broken JSON", str(error).split(";")[0]) from None
+        if self._unusable:
+            return value, end, self._unusable[0]
+        if not isinstance(value, dict):
+            return value, end, Reject("not a JSON object", type(value).__name__)
+        return value, end, None
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            self._unusable.append(Reject("duplicate keys", shortened(repeated(key for key, _ in pairs) or "")))
+        return fields
+
+    def _constant(self, name: str) -> None:
+        self._unusable.append(Reject("broken JSON", f"{name} is not JSON"))
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)

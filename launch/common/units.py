@@ -1,0 +1,3 @@
+"""Units of measurement."""
+
+GIB = 2**30  # bytes
