@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from smoothing.core.options import LossOptions
-from smoothing.linear_loss import chunk_bytes_fault
+from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
+from smoothing.linear_loss import chunk_bytes_problem
 from smoothing.model.installed_loss import Installation, InstalledLoss, OnStats
 from smoothing.model.support import UnsupportedModel, fusing_fault, own_softcap, smoothing_fault
 
@@ -17,7 +17,7 @@ def install_smoothed_loss(
     *,
     label_smoothing: float = 0.1,
     head: str = "fused",
-    ignore_index: int = -100,
+    ignore_index: int = DEFAULT_IGNORE_INDEX,
     smoothing_prior: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
@@ -42,8 +42,8 @@ def install_smoothed_loss(
     Collectives: those of the loss; where logits are gathered from a sharded head, two all-gathers.
     """
     options = LossOptions(label_smoothing, ignore_index, "mean", z_loss, logit_softcap)
-    if fault := options.fault() or chunk_bytes_fault(chunk_bytes) or _prior_fault(smoothing_prior):
-        raise ValueError(fault)
+    if problem := options.problem() or chunk_bytes_problem(chunk_bytes) or _prior_problem(smoothing_prior):
+        raise ValueError(problem)
     model = causal_lm(model)
     check_model(model, head)
     if isinstance(model.loss_function, InstalledLoss):
@@ -60,7 +60,7 @@ def install_smoothed_loss(
     return InstalledLoss(model, asked)
 
 
-def _prior_fault(prior) -> str | None:
+def _prior_problem(prior) -> str | None:
     if prior is None or (isinstance(prior, Tensor) and prior.dim() == 1):
         return None
     got = f"shape {tuple(prior.shape)}" if isinstance(prior, Tensor) else type(prior).__name__
@@ -76,8 +76,8 @@ def check_model(model: nn.Module, head: str) -> None:
     """
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-    if fault := smoothing_fault(model) or (fusing_fault(model) if head == "fused" else None):
-        raise UnsupportedModel(fault)
+    if problem := smoothing_fault(model) or (fusing_fault(model) if head == "fused" else None):
+        raise UnsupportedModel(problem)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

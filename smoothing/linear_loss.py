@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smoothing.core import agreement
-from smoothing.core.agreement import Meeting
-from smoothing.core.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
-from smoothing.core.options import LossOptions
+from smoothing.core.agreement import Handshake
+from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
+from smoothing.core.call import LossCall, TokenStats
+from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
+from smoothing.core.refusal import refuse_at_handshake
 from smoothing.core.statistics import Combined, token_loss
 from smoothing.kernels.dispatch import backend_for
 from smoothing.linear.gradients import HeadGradients, Wanted
@@ -29,7 +31,7 @@ def vocab_parallel_linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int = DEFAULT_IGNORE_INDEX,
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     smoothing_prior: Tensor | None = None,
@@ -79,8 +81,8 @@ def vocab_parallel_linear_cross_entropy(
             label_tokens,
             return_stats,
         )
-    except Exception as fault:  # whatever it is, the other ranks must learn of it
-        refused_call(hidden, target, shard).refuse_at_meeting(fault)
+    except Exception as error:  # whatever it is, the other ranks must learn of it
+        refuse_at_handshake(error, shard, hidden, target)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, *stats = job.run(hidden.reshape(job.leading.numel(), hidden.shape[-1]), weight, bias)
     return (loss, TokenStats(*stats)) if return_stats else loss
@@ -101,20 +103,24 @@ def _checked(
 ) -> "_Job":
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
-    if fault := tensor_fault(**tensors) or dtype_fault(**tensors) or _head_fault(hidden, weight, bias, chunk_bytes):
-        raise ValueError(fault)
+    if (
+        problem := tensor_problem(**tensors)
+        or dtype_problem(**tensors)
+        or _head_problem(hidden, weight, bias, chunk_bytes)
+    ):
+        raise ValueError(problem)
     leading, size = hidden.shape[:-1], weight.shape[0]
     shard = VocabShard.whole(size) if shard is None else shard
-    if fault := argument_fault(hidden, target, shard, options, prior, num_items_in_batch, size):
-        raise ValueError(fault)
+    if problem := argument_problem(hidden, target, shard, options, prior, num_items_in_batch, size):
+        raise ValueError(problem)
     dtype = _compute_dtype(hidden, weight)
     grad = torch.is_grad_enabled()
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     soft = target.is_floating_point()
     flat_T = target.reshape(leading.numel(), size) if soft else target.reshape(-1)
     masked = not soft and keeps_every_row(hidden.device)
-    if fault := _label_tokens_fault(label_tokens, flat_T):
-        raise ValueError(fault)
+    if problem := _label_tokens_problem(label_tokens, flat_T):
+        raise ValueError(problem)
     rows_N = None if soft or masked else _labelled(flat_T, options.ignore_index, label_tokens)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     call = LossCall(
@@ -124,7 +130,7 @@ def _checked(
         prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=dtype,
-        batch=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
+        batch_checksum=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
         alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
     )
     return _Job(call, leading, rows_N, masked, wanted, num_items_in_batch, chunk_bytes, return_stats)
@@ -159,14 +165,14 @@ class _Job:
 
     def forward(self, *tensors: Tensor | None, with_gradients: bool = False) -> "_Outcome":
         """Loss and statistics; of a scalar loss, the gradients' sums too if asked for."""
-        meeting = self.call.meet()
+        handshake = self.call.start_handshake()
         head, options = self.head(*tensors), self.call.options
         scalar, gradients = options.reduction != "none", None
         divisor = self.call.divisor(self.num_items_in_batch, all_labelled=not self.masked) if scalar else None
         if with_gradients:
             token_weight_N = self.mask((1 / divisor).expand(self.call.tokens))
             gradients = HeadGradients(head, self.call, self.wanted, token_weight_N)
-        combined, mean_row_H, meeting = head.forward(meeting, gradients)
+        combined, mean_row_H, handshake = head.forward(handshake, gradients)
         loss_N = token_loss(combined, options.label_smoothing, options.z_loss)
         if self.masked:
             loss_N = loss_N.masked_fill(~self.call.valid_T, 0.0)
@@ -176,7 +182,7 @@ class _Job:
             compact = self.call.token_stats(combined, loss_N.shape)
             stats = tuple(None if x is None else self.scatter(x, self.leading) for x in compact)
         sums = None if gradients is None else gradients.finish(mean_row_H)
-        return _Outcome(loss, stats, combined, mean_row_H, meeting, sums)
+        return _Outcome(loss, stats, combined, mean_row_H, handshake, sums)
 
     def mask(self, token_weight_N: Tensor) -> Tensor:
         """What tokens weigh, 0 for those without a label."""
@@ -198,7 +204,7 @@ class _Outcome:
     stats: tuple
     combined: Combined
     mean_row_H: Tensor | None
-    meeting: Meeting
+    handshake: Handshake
     sums: list[Tensor | None] | None
 
 
@@ -244,7 +250,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
         outcome = job.forward(hidden_TH, weight_SH, bias_S)
-        ctx.job, ctx.meeting = job, outcome.meeting
+        ctx.job, ctx.handshake = job, outcome.handshake
         inputs = (hidden_TH, weight_SH, bias_S, job.call.target, job.call.prior)
         ctx.save_for_backward(*inputs, outcome.mean_row_H, *outcome.combined)
         ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
@@ -259,7 +265,7 @@ class _TokenLosses(torch.autograd.Function):
         token_weight_N = upstream_T if job.rows_N is None else upstream_T[job.rows_N]
         head = job.head(*inputs)
         gradients = HeadGradients(head, job.call, job.wanted, job.mask(token_weight_N))
-        head.backward(ctx.meeting, Combined(*combined), gradients)
+        head.backward(ctx.handshake, Combined(*combined), gradients)
         grad_hidden, grad_weight, grad_bias = gradients.finish(mean_row_H)
         if grad_hidden is not None:
             grad_hidden = job.scatter(grad_hidden, inputs[0].shape, inputs[0].dtype)
@@ -296,7 +302,7 @@ def _labelled(target_T: Tensor, ignore_index: int, count: int | None) -> Tensor 
     return None if len(rows_N) == len(target_T) else rows_N
 
 
-def _label_tokens_fault(count: int | None, target_T: Tensor) -> str | None:
+def _label_tokens_problem(count: int | None, target_T: Tensor) -> str | None:
     """What is wrong with the number of labelled tokens that a caller gave, as far as it tells by itself, or None."""
     if count is None:
         return None
@@ -318,16 +324,16 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return dtype
 
 
-def _head_fault(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None) -> str | None:
+def _head_problem(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None) -> str | None:
     """What is wrong with what a loss from logits does not have, or None."""
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         return f"weight must have shape [S, {hidden.shape[-1]}], this rank's rows, got {tuple(weight.shape)}"
     if bias is not None and bias.shape != weight.shape[:1]:
         return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
-    return chunk_bytes_fault(chunk_bytes)
+    return chunk_bytes_problem(chunk_bytes)
 
 
-def chunk_bytes_fault(chunk_bytes: int | None) -> str | None:
+def chunk_bytes_problem(chunk_bytes: int | None) -> str | None:
     """What is wrong with this budget, or None."""
     if chunk_bytes is None or (
         isinstance(chunk_bytes, int) and not isinstance(chunk_bytes, bool) and chunk_bytes > 0

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smoothing.core import agreement
-from smoothing.core.call import LossCall, TokenStats, argument_fault, dtype_fault, refused_call, tensor_fault
-from smoothing.core.options import LossOptions
+from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
+from smoothing.core.call import LossCall, TokenStats
+from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
+from smoothing.core.refusal import refuse_at_exchange
 from smoothing.kernels.dispatch import backend_for
 from smoothing.shard import VocabShard
 
@@ -20,7 +22,7 @@ def vocab_parallel_cross_entropy(
     shard: VocabShard | None = None,
     *,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int = DEFAULT_IGNORE_INDEX,
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     smoothing_prior: Tensor | None = None,
@@ -48,8 +50,8 @@ def vocab_parallel_cross_entropy(
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     try:
         call = _checked(logits, target, shard, options, smoothing_prior, num_items_in_batch)
-    except Exception as fault:  # whatever it is, the other ranks must learn of it
-        refused_call(logits, target, shard).refuse_at_exchange(fault)
+    except Exception as error:  # whatever it is, the other ranks must learn of it
+        refuse_at_exchange(error, shard, logits, target)
     leading = logits.shape[:-1]
     logits_TS = logits.reshape(leading.numel(), logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
@@ -60,12 +62,12 @@ def vocab_parallel_cross_entropy(
 
 def _checked(logits, target, shard, options: LossOptions, prior, num_items_in_batch) -> LossCall:
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
-    if fault := tensor_fault(logits=logits) or dtype_fault(logits=logits):
-        raise ValueError(fault)
+    if problem := tensor_problem(logits=logits) or dtype_problem(logits=logits):
+        raise ValueError(problem)
     rows, width = logits.shape[:-1].numel(), logits.shape[-1]
     shard = VocabShard.whole(width) if shard is None else shard
-    if fault := argument_fault(logits, target, shard, options, prior, num_items_in_batch, width):
-        raise ValueError(fault)
+    if problem := argument_problem(logits, target, shard, options, prior, num_items_in_batch, width):
+        raise ValueError(problem)
     statistics_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     flat_T = target.reshape(rows, width) if target.is_floating_point() else target.reshape(-1)
     return LossCall(
@@ -75,7 +77,7 @@ def _checked(logits, target, shard, options: LossOptions, prior, num_items_in_ba
         prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=logits.dtype,
-        batch=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
+        batch_checksum=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
     )
 
 

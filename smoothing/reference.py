@@ -9,13 +9,19 @@ token has no label. Each returns the mean over the labelled tokens, a scalar in 
 import torch.nn.functional as F
 from torch import Tensor
 
+from smoothing.core.options import DEFAULT_IGNORE_INDEX
 
-def torch_cross_entropy(logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = -100):
+
+def torch_cross_entropy(
+    logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = DEFAULT_IGNORE_INDEX
+) -> Tensor:
     """PyTorch's: `F.cross_entropy(label_smoothing=)`."""
     return F.cross_entropy(logits_TV, target_T, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
 
-def hf_label_smoother(logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = -100):
+def hf_label_smoother(
+    logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = DEFAULT_IGNORE_INDEX
+) -> Tensor:
     """Hugging Face's `LabelSmoother`: `(1-ε)·nll + ε·mean_v(-log p_v)`, each averaged over labelled tokens.
 
     Source: `transformers.trainer_pt_utils.LabelSmoother`; stated anew so that `smoothing` needs torch alone.
@@ -31,7 +37,9 @@ def hf_label_smoother(logits_TV: Tensor, target_T: Tensor, label_smoothing: floa
     return (1 - label_smoothing) * nll + label_smoothing * uniform
 
 
-def onehot_cross_entropy(logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = -100):
+def onehot_cross_entropy(
+    logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = DEFAULT_IGNORE_INDEX
+) -> Tensor:
     """Cross entropy against the smoothed labels `onehot·(1-ε) + ε/V`, written out."""
     labelled_T = target_T != ignore_index
     logits_TV, target_T = logits_TV[labelled_T], target_T[labelled_T]

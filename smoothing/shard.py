@@ -13,7 +13,7 @@ class VocabShard:
     `vocab_size` is the real one. Columns at or past it are padding: they take part in nothing and get exactly
     zero gradient. Shards may be uneven, and one may be all padding. `group=None`: this rank is alone and
     holds the whole vocabulary. Raises `ValueError` at once only in that case; with a group the bounds are
-    checked where all ranks meet, in the first loss, so that they fail together.
+    checked where all ranks compare theirs, in the first loss, so that they fail together.
     """
 
     start: int
@@ -23,9 +23,9 @@ class VocabShard:
     # columns of the largest shard, once the ranks have agreed on theirs (see `agreement`)
     widest: int | None = field(default=None, init=False, repr=False, compare=False)
 
-    def __post_init__(self):
-        if self.group is None and (fault := self.fault() or self._uncovered()):
-            raise ValueError(fault)
+    def __post_init__(self) -> None:
+        if self.group is None and (problem := self.problem() or self._uncovered()):
+            raise ValueError(problem)
 
     @classmethod
     def whole(cls, vocab_size: int) -> "VocabShard":
@@ -52,7 +52,7 @@ class VocabShard:
         starts = [rank * size + min(rank, more) for rank in range(world_size + 1)]
         return list(pairwise(starts))
 
-    def note_met(self, widest: int) -> None:
+    def agree(self, widest: int) -> None:
         """Remember that the ranks have agreed on their shards, and how many columns the largest has."""
         object.__setattr__(self, "widest", widest)
 
@@ -74,8 +74,8 @@ class VocabShard:
     def rank(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def fault(self) -> str | None:
-        """What is wrong with these bounds by themselves, or None."""
+    def problem(self) -> str | None:
+        """Return what is wrong with these bounds by themselves, or None."""
         bounds = (self.start, self.stop, self.vocab_size)
         if not all(isinstance(bound, int) for bound in bounds):
             return f"VocabShard takes integers for start, stop and vocab_size, got {bounds}"

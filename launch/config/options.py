@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from launch.common.errors import UserError
 from launch.common.messages import did_you_mean
 from launch.config.training_arguments import check_values
-from smoothing.linear_loss import chunk_bytes_fault
+from smoothing.linear_loss import chunk_bytes_problem
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "default.yaml"
 REFUSED = {
@@ -257,7 +257,7 @@ def _json_object(text: str, flag: str) -> dict:
 def _check(options: SftOptions) -> None:
     if not 0.0 <= options.smoothing <= 1.0:
         raise UserError(f"--smoothing must lie in [0, 1], got {options.smoothing}")
-    if fault := chunk_bytes_fault(options.chunk_bytes):
+    if fault := chunk_bytes_problem(options.chunk_bytes):
         raise UserError(f"--{fault}")
     if options.tp < 1:
         raise UserError(f"--tp must be at least 1, got {options.tp}")

@@ -1,4 +1,4 @@
-"""What a smoothed cross entropy is asked to be: the numbers that all ranks must have alike."""
+"""The scalar options of a smoothed cross entropy, which all ranks must have alike."""
 
 import zlib
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from numbers import Real
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = ("label_smoothing", "z_loss", "logit_softcap")
+DEFAULT_IGNORE_INDEX = -100  # torch's
 LARGEST = 2.0**1000  # a number of this size is a mistake, and float() still takes it
 
 
@@ -21,18 +22,18 @@ class LossOptions:
     """
 
     label_smoothing: float = 0.0
-    ignore_index: int = -100
+    ignore_index: int = DEFAULT_IGNORE_INDEX
     reduction: str = "mean"
     z_loss: float = 0.0
     logit_softcap: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in FLOATS:  # 0 and 0.0 are one number, and digest must say so
             if _is_number(value := getattr(self, name)) and abs(value) < LARGEST:
                 object.__setattr__(self, name, float(value))
 
-    def fault(self) -> str | None:
-        """What is wrong with these numbers, or None."""
+    def problem(self) -> str | None:
+        """Return what is wrong with these numbers, or None."""
         if not _is_number(self.label_smoothing) or not 0.0 <= self.label_smoothing <= 1.0:
             return f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}"
         if self.reduction not in REDUCTIONS:
@@ -46,10 +47,10 @@ class LossOptions:
             return f"logit_softcap must be None or a finite number above 0, got {cap!r}"
         return None
 
-    def digest(self, *more) -> int:
-        """A number that differs (practically always) where any option, or any of `more`, differs."""
+    def digest(self, *more: object) -> int:
+        """Return a number that differs (practically always) where any option, or any of `more`, differs."""
         return zlib.crc32(repr((self, more)).encode())
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and value == value

@@ -57,10 +57,7 @@ def combine(
     loss is known yet.
     """
     owner_T = None if call.soft else _owner(target, headers_RH, call.shard.vocab_size)
-    if headers_RH is None:
-        mass_R = stats_RFT.new_ones(1)
-    else:
-        mass_R = headers_RH[:, agreement.PRIOR_MASS].contiguous().view(torch.float64)
+    mass_R = stats_RFT.new_ones(1) if headers_RH is None else agreement.prior_masses(headers_RH)
     combined = add_up(stats_RFT, owner_T, mass_R if with_prior else None)
     loss_T = None
     if with_prior:
@@ -128,7 +125,7 @@ def _owner(label_n: Tensor, headers_RH: Tensor | None, vocab_size: int) -> Tenso
     """The rank that holds each label."""
     if headers_RH is None:
         return torch.zeros_like(label_n)
-    starts_R = headers_RH[:, agreement.START].contiguous()
+    starts_R = agreement.starts(headers_RH)
     return torch.bucketize(label_n.clamp(0, vocab_size - 1), starts_R, right=True) - 1
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smoothing.core.agreement import Meeting
+from smoothing.core.agreement import Handshake
 from smoothing.core.call import LossCall
 from smoothing.core.collectives import start_all_gather, start_all_reduce
 from smoothing.core.statistics import Combined, ShardStatistics
@@ -152,9 +152,9 @@ class LinearHead:
         return self.backend.statistics(z_nK, target, self.call, with_prior=not self.linear)
 
     def forward(
-        self, end_meeting: Callable[[], Meeting], gradients: HeadGradients | None
-    ) -> tuple[Combined, Tensor | None, Meeting]:
-        """Statistics of every token, `w̄` where smoothing needs it, and the meeting; gradients added up on the way.
+        self, end_handshake: Callable[[], Handshake], gradients: HeadGradients | None
+    ) -> tuple[Combined, Tensor | None, Handshake]:
+        """Statistics of every token, `w̄` where smoothing needs it, and the handshake; gradients added up on the way.
 
         The statistics of a chunk travel while `e·W` of the same chunk (factored) or the logits of the next one are
         computed. Collectives: one all-reduce of `[H + 1]` with smoothing and no softcap; and for each chunk one
@@ -163,12 +163,12 @@ class LinearHead:
         call = self.call
         smoothed = self.linear and call.options.label_smoothing > 0 and call.tokens > 0
         mean_row_H1 = self.mean_row_part() if smoothed else None
-        meeting = end_meeting()  # before any other collective: ranks that do not agree get no further
+        handshake = end_handshake()  # before any other collective: ranks that do not agree get no further
         wait_for_mean_row = start_all_reduce(mean_row_H1, call.shard) if smoothed else None
         alone = call.shard.world_size == 1
         # e·W of a chunk needs no other rank, and gives its statistics the time to travel
         lookahead = 0 if alone or (gradients is not None and gradients.wanted.hidden and self.factored) else 1
-        slices, buffers = self.chunks(meeting.widest, 1 + lookahead if gradients is not None else 1)
+        slices, buffers = self.chunks(handshake.widest, 1 + lookahead if gradients is not None else 1)
         under_way, parts = deque(), []
         for turn, tokens in enumerate(slices):
             z_nK = self.logits(tokens, buffers[turn % len(buffers)])
@@ -179,20 +179,20 @@ class LinearHead:
             if gradients is not None:
                 gradients.start(tile)
             if len(under_way) > lookahead:
-                parts.append(self._finish(under_way.popleft(), gradients, meeting))
-        parts += [self._finish(chunk, gradients, meeting) for chunk in under_way]
+                parts.append(self._finish(under_way.popleft(), gradients, handshake))
+        parts += [self._finish(chunk, gradients, handshake) for chunk in under_way]
         combined = self._joined(parts)
         if not smoothed:
-            return combined, None, meeting
+            return combined, None, handshake
         wait_for_mean_row()
         mean_row_H, mean_bias = mean_row_H1[:-1], mean_row_H1[-1]
         prior_N = self.prior_logit(mean_row_H, mean_bias, combined.maximum)
-        return combined._replace(prior=prior_N), mean_row_H, meeting
+        return combined._replace(prior=prior_N), mean_row_H, handshake
 
-    def _finish(self, chunk: "_UnderWay", gradients: HeadGradients | None, meeting: Meeting) -> Combined:
+    def _finish(self, chunk: "_UnderWay", gradients: HeadGradients | None, handshake: Handshake) -> Combined:
         stats_RFn, target = chunk.statistics().unflatten(1, chunk.shape_Fn), self.call.target[chunk.tile.tokens]
         options = {"with_prior": not self.linear}
-        combined, scale_n, _ = self.backend.combine(stats_RFn, meeting.headers_RH, target, self.call, **options)
+        combined, scale_n, _ = self.backend.combine(stats_RFn, handshake.headers_RH, target, self.call, **options)
         if gradients is not None:
             gradients.add(chunk.tile, combined, scale_n)
         return combined
@@ -203,9 +203,9 @@ class LinearHead:
             return Combined(*[nothing] * 5)
         return Combined(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
-    def backward(self, meeting: Meeting, combined: Combined, gradients: HeadGradients) -> None:
+    def backward(self, handshake: Handshake, combined: Combined, gradients: HeadGradients) -> None:
         """Gradients with the logits computed anew. Collectives: those of `HeadGradients.add`."""
-        slices, buffers = self.chunks(meeting.widest, 1)
+        slices, buffers = self.chunks(handshake.widest, 1)
         for tokens in slices:
             z_nK = self.logits(tokens, buffers[0])
             own = Combined(*(field[tokens] for field in combined))

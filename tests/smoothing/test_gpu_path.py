@@ -48,7 +48,7 @@ def shard(request):
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=request.param)
     try:
         shard = VocabShard.split(VOCAB, dist.group.WORLD)
-        shard.note_met(shard.size)
+        shard.agree(shard.size)
         yield shard
     finally:
         dist.destroy_process_group()
@@ -163,7 +163,7 @@ def test_launches_and_collectives_are_as_many_as_chunks(gpu, shard, chunks):
     step()
     kernels = ("statistics_kernel", "combine_kernel", "gradient_kernel")
     assert gpu.launches == dict.fromkeys(kernels, chunks) | {"scale_kernel": 2}
-    # a meeting and statistics; w̄ and hidden gradients
+    # a handshake and statistics; w̄ and hidden gradients
     assert gpu.collectives == (
         {} if shard.world_size == 1 else {"allgather_base": 1 + chunks, "allreduce": 1 + chunks}
     )

@@ -78,8 +78,8 @@ def compiled(kernel, variant: Variant, **more):
         "NARROWED": variant.logits == "fp32" and variant.out != "fp32",
         "BLOCK": triton_ops.COMBINE_BLOCK if kernel is triton_kernels.combine_kernel else triton_ops.BLOCK,
         "HEADER": agreement.HEADER_FIELDS,
-        "START": agreement.START,
-        "MASS": agreement.PRIOR_MASS,
+        "START": agreement.OFFSET["start"],
+        "MASS": agreement.OFFSET["prior_mass"],
         "column_stride": 1,
         "out_column_stride": 1,
     } | more
