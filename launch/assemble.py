@@ -7,8 +7,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from launch.common.errors import UserError
 from launch.config.deepspeed import deepspeed_config
-from launch.config.options import SftOptions, SftTrainingArguments
-from launch.config.training_arguments import check_loss_scale
+from launch.config.options import SftOptions
+from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
 from launch.data.batches import PadToLongest
 from launch.data.blank_rows import fill_to_multiple
 from launch.model.load import load_model
@@ -22,9 +22,9 @@ from launch.training.trainer import SftTrainer
 from smoothing.hf import SmoothedLossCallback
 
 
-def training_arguments(options: SftOptions, values: dict) -> SftTrainingArguments:
-    """`TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
-    config = deepspeed_config(options, values.get("deepspeed"), world_size())
+def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, SftTrainingArguments]:
+    """The options, and `TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
+    options, config = deepspeed_config(options, values.get("deepspeed"), world_size())
     check_loss_scale(values.get("fp16", False), config["zero_optimization"]["stage"])
     start_alone()
     defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs"}
@@ -37,7 +37,7 @@ def training_arguments(options: SftOptions, values: dict) -> SftTrainingArgument
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
     )
-    return args
+    return options, args
 
 
 def check_arguments(args: SftTrainingArguments) -> None:

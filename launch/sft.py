@@ -24,7 +24,8 @@ from launch.assemble import make_trainer, training_arguments
 from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
 from launch.common.paths import DROPPED, MODEL
-from launch.config.options import parse_options, resolved
+from launch.config.command_line import parse_options
+from launch.config.recipe import resolved
 from launch.data.prepare import load_data
 from launch.data.records import DropReport
 from launch.preflight.checks import check_run
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     say_log("smoothing")
     if options.sanity:
         sys.exit(check_run(options, training_values))
-    args = training_arguments(options, training_values)
+    options, args = training_arguments(options, training_values)
     tokenizer, data = load_data(options)
     recipe = resolved(options, args, training_values.get("deepspeed"))
     facts = layout(options, args, data)

@@ -1,7 +1,9 @@
 """Which DeepSpeed configuration a run uses: a file of `ds_configs/`, or the user's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launch.common.errors import UserError
 from launch.config.deepspeed_file import check_file, read_file
@@ -13,8 +15,10 @@ GATHER = "gather_16bit_weights_on_model_save"
 OTHER_NAMES = (f"stage3_{GATHER}", "stage3_gather_fp16_weights_on_model_save")  # DeepSpeed takes one of them
 
 
-def deepspeed_config(options: SftOptions, path: str | None, world_size: int | None) -> dict:
-    """The configuration, with `tensor_parallel.autotp_size` filled in, and `options.tp` set to what it says.
+def deepspeed_config(
+    options: SftOptions, path: str | None, world_size: int | None
+) -> tuple[SftOptions, dict[str, Any]]:
+    """The options with `tp` as the user's file has it, and the configuration with `tensor_parallel.autotp_size`.
 
     Batch sizes, learning rate and precision stay `"auto"`: they are the recipe's. Raises `UserError` for a file
     that cannot be read, says what DeepSpeed does not know or take (`launch.config.deepspeed_file`), contradicts
@@ -34,7 +38,7 @@ def deepspeed_config(options: SftOptions, path: str | None, world_size: int | No
         raise UserError(
             f"--tp {options.tp} needs tensor_parallel.autotp_size in {path}; set it to {options.tp} there"
         )
-    options.tp = max(1, size)
+    options = replace(options, tp=max(1, size))
     if options.tp == 1:
         config.pop("tensor_parallel", None)
     if world_size is not None and world_size % options.tp:
@@ -50,7 +54,7 @@ def deepspeed_config(options: SftOptions, path: str | None, world_size: int | No
         for name in OTHER_NAMES:
             zero.pop(name, None)
         zero[GATHER] = True
-    return config
+    return options, config
 
 
 def _check_batch(config: dict, tp: int, path: str | None) -> None:

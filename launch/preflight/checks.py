@@ -17,8 +17,8 @@ from torch import Tensor
 
 from launch.common.errors import UserError
 from launch.config.deepspeed import deepspeed_config
-from launch.config.options import SftOptions, SftTrainingArguments
-from launch.config.training_arguments import check_loss_scale
+from launch.config.options import SftOptions
+from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
 from launch.data.batches import PadToLongest
 from launch.data.prepare import load_data
 from launch.model.load import load_model
@@ -69,7 +69,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     if world_size() > 1:
         raise UserError(f"--sanity runs on one device, but {world_size()} processes were started; start one")
     start = time.monotonic()
-    config = deepspeed_config(options, training_values.get("deepspeed"), None)
+    options, config = deepspeed_config(options, training_values.get("deepspeed"), None)
     stage = config["zero_optimization"]["stage"]
     check_loss_scale(training_values.get("fp16", False), stage)
     device = torch.device("cuda" if uses_gpu() else "cpu")

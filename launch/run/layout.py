@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from launch.common.errors import UserError
-from launch.config.options import SftOptions, SftTrainingArguments
+from launch.config.options import SftOptions
+from launch.config.training_arguments import SftTrainingArguments
 from launch.data.load import EncodedData
 from launch.process.ranks import on_all_ranks
 

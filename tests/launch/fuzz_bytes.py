@@ -14,8 +14,9 @@ import atheris
 
 with atheris.instrument_imports(include=["launch"]):
     from launch.common.errors import UserError
+    from launch.config.command_line import parse_options
     from launch.config.deepspeed import deepspeed_config
-    from launch.config.options import SftOptions, parse_options
+    from launch.config.options import SftOptions
     from launch.data.load import read_examples
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))

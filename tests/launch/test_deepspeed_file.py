@@ -19,7 +19,7 @@ def read(tmp_path):
     def read(content, tp: int = 1, ranks: int = 4) -> dict:
         path = tmp_path / "ds.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return deepspeed_config(SftOptions(model="somewhere", tp=tp), str(path), ranks)
+        return deepspeed_config(SftOptions(model="somewhere", tp=tp), str(path), ranks)[1]
 
     return read
 

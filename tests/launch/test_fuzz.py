@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.common.errors import UserError
+from launch.config.command_line import parse_options
 from launch.config.deepspeed import deepspeed_config
-from launch.config.options import SftOptions, SftTrainingArguments, parse_options
+from launch.config.options import SftOptions
+from launch.config.training_arguments import SftTrainingArguments
 from launch.data.load import encode_examples, read_examples
 from launch.data.records import DataError
 from launch.data.train_tokenizer import train_tokenizer

@@ -3,14 +3,17 @@
 import datetime
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import yaml
 
 from launch.common.errors import UserError
+from launch.config.command_line import parse_options
 from launch.config.deepspeed import DS_CONFIGS, deepspeed_config
-from launch.config.options import DEFAULT_RECIPE, SftOptions, SftTrainingArguments, parse_options, resolved
+from launch.config.options import SftOptions
+from launch.config.recipe import DEFAULT_RECIPE, resolved
+from launch.config.training_arguments import HELP, HIDDEN, REFUSED, SftTrainingArguments
 
 MODEL = ("--model", "somewhere")
 
@@ -71,7 +74,7 @@ def test_every_shipped_recipe_parses():
         ({"smothing": 0.1}, ("unknown key 'smothing'", "'smoothing'")),
         ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
         ({"help": True}, ("unknown key 'help'",)),
-        ({"save_only_model": True}, ("save_only_model", "go on")),
+        ({"save_only_model": True}, ("save_only_model", "resume")),
         (
             {"model_config": {"model_type": "llama", "when": datetime.date(2026, 1, 1)}, "model": None},
             ("model_config",),
@@ -140,7 +143,7 @@ def test_json_that_no_parser_reads(tmp_path, text):
         (["--label_smoothing_factor", "0.1"], "only smoothing knob"),
         (["--label_smoothing_factor=0.1"], "only smoothing knob"),
         (["--label-smoothing-factor", "0.1"], "only smoothing knob"),
-        (["train.jsonl"], "stands after no flag"),
+        (["train.jsonl"], "follows no flag"),
         (["--recipe", "nowhere.yaml"], "no recipe at nowhere.yaml"),
         (["--model_config", "{"], "not JSON"),
         (["--model_config", "[1]"], "JSON object"),
@@ -179,10 +182,10 @@ def test_mistakes_in_flags(argv, word):
         ("num_train_epochs", "nan", "above 0, got nan"),
         ("metric_for_best_model", "loss", "one of eval_nll, eval_accuracy, got 'loss'"),
         ("metric_for_best_model", "eval_acc", "got 'eval_acc'"),
-        ("fsdp", "full_shard", "not for these runs"),
-        ("push_to_hub", "true", "not for these runs"),
-        ("dataloader_persistent_workers", "true", "another course"),
-        ("ignore_data_skip", "true", "another course"),
+        ("fsdp", "full_shard", "not supported"),
+        ("push_to_hub", "true", "not supported"),
+        ("dataloader_persistent_workers", "true", "different rows"),
+        ("ignore_data_skip", "true", "different rows"),
         ("accelerator_config", "{", "not JSON"),
         ("lr_scheduler_kwargs", '{"a": ' + "[" * 100_000, "not JSON"),
     ],
@@ -218,7 +221,7 @@ def test_a_recipe_that_is_not_one(tmp_path, text):
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_built_in_deepspeed_configurations(zero, tp):
-    config = deepspeed_config(SftOptions(model="somewhere", zero=zero, tp=tp), None, world_size=4)
+    _, config = deepspeed_config(SftOptions(model="somewhere", zero=zero, tp=tp), None, world_size=4)
     assert config["zero_optimization"]["stage"] == zero
     assert config.get("tensor_parallel", {}).get("autotp_size", 1) == tp
     # a value lives in one place: these are the recipe's
@@ -246,14 +249,65 @@ def test_mistakes_in_a_deepspeed_file(tmp_path, content, options, ranks, word):
         deepspeed_config(SftOptions(model="somewhere", **options), str(path), ranks)
 
 
+def help_text(capsys, flag: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        parse_options([flag])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def flags_of(text: str) -> list[str]:
+    return re.findall(r"^  (?:-h, )?--([a-z_0-9-]+)", text, flags=re.M)
+
+
+OWN = [f.name for f in fields(SftOptions)]
+GROUPS = ["loss:", "model:", "data:", "parallelism:", "run:", "training "]
+
+
+@pytest.mark.parametrize("columns", ["50", "100", "200"])
+def test_help_shows_this_projects_flags_first_each_with_a_line(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    text = help_text(capsys, "--help")
+    words, shown = " ".join(text.split()), flags_of(text)
+    assert shown[:2] == ["help", "help-all"]
+    assert sorted(shown[2 : 2 + len(OWN)]) == sorted(OWN) and sorted(shown[2 + len(OWN) :]) == sorted(HELP)
+    places = [re.search(rf"^{name}", text, flags=re.M).start() for name in GROUPS]
+    assert places == sorted(places)
+    for line in [*HELP.values(), *(f.metadata["help"] for f in fields(SftOptions))]:
+        assert " ".join(line.split()[:3]) in words
+    assert "(default: 0.1)" in words and "None" not in words and "--help-all lists the rest" in words
+
+
+def test_help_all_shows_the_rest_but_nothing_that_is_refused(capsys):
+    shown = flags_of(help_text(capsys, "--help-all"))
+    given = {f.name for f in fields(SftTrainingArguments) if f.init} | set(OWN)
+    assert given - set(shown) == HIDDEN & given
+    refused = {*REFUSED, "fsdp", "push_to_hub", "ignore_data_skip"}
+    assert refused <= HIDDEN and refused.isdisjoint(shown)
+
+
+@pytest.mark.parametrize("name", ["help", "help-all", "help_all"])
+def test_help_is_no_key_of_a_recipe(recipe, name):
+    with pytest.raises(UserError, match="unknown key"):
+        parse_options(["--recipe", recipe(**{name: True})])
+
+
 def test_tensor_parallelism_must_divide_the_processes():
     with pytest.raises(UserError, match="tensor parallelism 2 does not divide the 3"):
         deepspeed_config(SftOptions(model="somewhere", tp=2), None, 3)
 
 
+def test_the_size_of_a_file_is_the_runs_and_the_options_are_left_alone(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"tensor_parallel": {"autotp_size": 4}}')
+    given = SftOptions(model="somewhere")
+    options, config = deepspeed_config(given, str(path), 4)
+    assert (given.tp, options.tp, config["tensor_parallel"]["autotp_size"]) == (1, 4, 4)
+
+
 def test_a_file_of_ds_configs_takes_its_size_from_the_flag():
     options = SftOptions(model="somewhere", tp=2)
-    config = deepspeed_config(options, str(DS_CONFIGS / "zero2_tp.json"), 2)
+    _, config = deepspeed_config(options, str(DS_CONFIGS / "zero2_tp.json"), 2)
     assert config["tensor_parallel"]["autotp_size"] == 2
 
 

@@ -1,0 +1,78 @@
+"""Recipes: YAML files of the same keys as the flags, read into flags, and written beside a run."""
+
+import json
+from collections.abc import Hashable
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from launch.common.errors import UserError
+from launch.config.options import SftOptions
+
+DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "default.yaml"
+# of this machine or this run alone, secret, or an argument that is no value
+NOT_IN_A_RECIPE = {"recipe", "sanity", "output_dir", "hub_token", "use_cpu", "dataloader_pin_memory"}
+
+
+def recipe_argv(path: Path) -> list[str]:
+    """A recipe's keys and values as flags, so that they are held to the same types. Raises `UserError`."""
+    argv = []
+    for key, value in _read(path).items():
+        if key in ("recipe", "local_rank") or not isinstance(key, str):
+            raise UserError(f"{path}: {key!r} is not a key of a recipe; remove it")
+        if value is None:
+            continue
+        try:
+            words = [_word(v) for v in (value if isinstance(value, list) else [value])]
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: {key} has a value that no flag can have: {error}") from None
+        argv += [f"--{key}", *words]
+    return argv
+
+
+def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | None) -> dict[str, Any]:
+    """The settings of this run as a recipe that repeats it; `deepspeed`: the user's own file, if any."""
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    changed = {name: value for name, value in training.to_dict().items() if defaults.get(name, MISSING) != value}
+    values = asdict(options) | changed | {"deepspeed": deepspeed}
+    return {name: v for name, v in values.items() if name not in NOT_IN_A_RECIPE and v is not None and v != []}
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.safe_load` that also refuses repeated keys, and aliases: a few lines of them make gigabytes."""
+
+    def compose_node(self, parent: Any, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: aliases (*name) are not supported; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key!r} is repeated")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except FileNotFoundError:
+        raise UserError(f"no recipe at {path}; recipes/ holds the ones that come with this project") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not a readable YAML file: {error}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, got {type(recipe).__name__}")
+    return recipe
+
+
+def _word(value: Any) -> str:
+    """A recipe's value as it is written on a command line."""
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
