@@ -15,7 +15,7 @@ from launch.common.errors import UserError
 from launch.run import checkpoints
 from launch.run.directory import open_run
 from tests.support.ranks import Ranks
-from tests.support.small_run import ROOT
+from tests.support.processes import ROOT
 
 RECIPE = {"learning_rate": 0.01, "data": "train.jsonl", "logging_steps": 1, "max_steps": 8}
 FACTS = {"tp": 1, "data_parallel": 2, "zero": 1, "rows_a_step": 8, "data": "abc"}

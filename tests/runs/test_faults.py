@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from launch.run.checkpoints import checkpoints, step_of
-from tests.support.small_run import launcher, metrics
 from tests.runs.torture import LAYOUTS, SCRIPT, Launch, prepare, tortured, weights
+from tests.support.processes import launcher
+from tests.support.small_run import metrics
 
 START_SECONDS = 120
 LAYOUT = LAYOUTS["tp2-zero1"]

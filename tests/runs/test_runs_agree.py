@@ -1,7 +1,7 @@
 """One process, two tensor-parallel and two data-parallel ranks: the same losses and the same exported model.
 
-Real processes under the real launcher with real DeepSpeed engines, from one saved checkpoint each: ZeRO 0 to 3,
-tied and untied embeddings, any accumulation, a vocabulary that does not divide.
+Real DeepSpeed engines, from one saved checkpoint each: ZeRO 0 to 3, tied and untied embeddings, any accumulation, a
+vocabulary that does not divide. Two tensor-parallel ranks are started by deepspeed's launcher, the others are forked.
 """
 
 import json
@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.small_run import VOCAB, flags, launch_many, metrics, write_data, write_model
+from tests.support.small_run import (
+    VOCAB,
+    flags,
+    launch_many,
+    launch_with_deepspeed,
+    metrics,
+    write_data,
+    write_model,
+)
 
 GLOBAL_BATCH = 8
 # plain gradient descent: Adam would forgive a gradient that is wrong by a factor
@@ -68,7 +76,7 @@ def name(setup, tied: bool) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """All runs, done once: a launch for each number of ranks and tensor-parallel ones, and for each dtype."""
+    """All runs, done once: a start for each number of ranks and tensor-parallel ones, and for each dtype."""
     folder = tmp_path_factory.mktemp("runs")
     write_data(folder)
     for tied in (False, True):
@@ -76,7 +84,8 @@ def runs(tmp_path_factory) -> Path:
     for setups in (SETUPS, BF16):
         for ranks, tp in sorted({setup[:2] for setup in setups}):
             todo = [(s, tied) for s in setups if s[:2] == (ranks, tp) for tied in (False, True)]
-            launch_many(folder, ranks, [_arguments(folder, *what) for what in todo])
+            launch = launch_with_deepspeed if (ranks, tp, setups) == (2, 2, SETUPS) else launch_many
+            launch(folder, ranks, [_arguments(folder, *what) for what in todo])
     return folder
 
 

@@ -13,7 +13,8 @@ import torch
 from launch.preflight import checks as sanity
 from launch.preflight.checks import HeadInput
 from smoothing import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
-from tests.support.small_run import ROOT, environment, flags, launcher, write_data, write_model
+from tests.support.processes import ROOT, environment, launcher
+from tests.support.small_run import flags, write_data, write_model
 
 CHANGING = """
 import torch

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.small_run import ROOT, environment, flags, launcher, write_data, write_model
+from tests.support.processes import ROOT, environment, launcher
+from tests.support.small_run import flags, write_data, write_model
 
 GONE_SECONDS = 60
 SCRIPT = str(ROOT / "launch/sft.py")

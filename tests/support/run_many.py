@@ -1,9 +1,6 @@
-"""Several runs of `launch/sft.py` in one set of processes.
+"""Several runs of `launch/sft.py` in one set of processes, under the real launcher.
 
-`deepspeed --num_gpus N tests/support/run_many.py runs.json`
-
-`runs.json` is a list of argument lists. Importing everything once is what makes a dozen runs affordable; each
-is still the real `main` with the real launcher, DeepSpeed engine and files.
+`deepspeed --num_gpus N tests/support/run_many.py runs.json`, where `runs.json` is a list of argument lists.
 """
 
 import gc
@@ -18,6 +15,7 @@ from launch.sft import main
 
 
 def every(argv: list[str]) -> None:
+    """Run `launch/sft.py`'s main with each list of arguments, one after another."""
     for arguments in json.loads(Path(argv[-1]).read_text()):
         main(arguments)
         gc.collect()

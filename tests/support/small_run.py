@@ -1,42 +1,21 @@
-"""What the tests that start real runs share: a model of a few thousand weights, its data, and the launcher."""
+"""What the tests that start runs share: a model of a few thousand weights, its data, and runs to their end."""
 
-import contextlib
+import itertools
 import json
-import os
 import random
-import resource
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.data.train_tokenizer import train_tokenizer
+from tests.support.forked import ForkedRuns
+from tests.support.processes import ROOT, environment, launcher
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 403  # odd: two ranks hold 202 and 201 columns
-
-
-def launcher(ranks: int) -> list[str]:
-    """The deepspeed launcher for so many ranks of this machine; a script and its arguments follow."""
-    return [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={ranks}", f"--master_port={free_port()}"]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on, below those that connections are given."""
-    while True:
-        port = random.randint(10000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-
-
-def environment() -> dict[str, str]:
-    """One thread a rank, and this Python first."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+LIMIT_SECONDS = 600
+_STARTS = itertools.count()
 
 
 def flags(values: dict) -> list[str]:
@@ -45,22 +24,32 @@ def flags(values: dict) -> list[str]:
 
 
 def launch_many(folder: Path, ranks: int, todo: list[list[str]], code: int = 0, file_bytes: int | None = None) -> str:
-    """Run `launch/sft.py`'s main for each argument list, in one set of processes; what they printed.
+    """Run `launch/sft.py`'s main for each argument list, in one set of forked ranks; what they printed.
 
     `file_bytes`: no file may grow larger, which fails as a full disk does.
     """
-    limits = (file_bytes, file_bytes)
+    log = folder / f"launched-{next(_STARTS)}.log"
+    runs = ForkedRuns(ranks, todo, log, file_bytes=file_bytes)
+    try:
+        runs.wait(LIMIT_SECONDS)
+    finally:
+        runs.end()
+    printed = log.read_text()
+    assert runs.returncode == code, printed[-6000:]
+    return printed
+
+
+def launch_with_deepspeed(folder: Path, ranks: int, todo: list[list[str]]) -> None:
+    """As `launch_many`, under the launcher that a user has, in processes of their own."""
     (folder / "todo.json").write_text(json.dumps(todo))
     done = subprocess.run(
         [*launcher(ranks), str(ROOT / "tests" / "support" / "run_many.py"), str(folder / "todo.json")],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=LIMIT_SECONDS,
         env=environment(),
-        preexec_fn=None if file_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     )
-    assert done.returncode == code, (done.stdout + done.stderr)[-6000:]
-    return done.stdout + done.stderr
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 def metrics(run: Path) -> list[dict]:
