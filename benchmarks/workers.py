@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from contenders import CONTENDERS, Problem
 
-from launch.process.environment import skip_shared_memory_op
+from launch.common.library_patches import skip_shared_memory_op
 from tests.support.ranks import Collectives
 
 CHECK_TOKENS = 32

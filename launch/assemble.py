@@ -2,6 +2,7 @@
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -11,12 +12,18 @@ from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
 from launch.data.batches import PadToLongest
 from launch.data.blank_rows import fill_to_multiple
+from launch.data.load import EncodedData
+from launch.data.sampler import GroupedByLength
 from launch.model.load import load_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, start_alone, world_size
+from launch.process.signals import StopOnSignal
+from launch.process.startup_errors import Starting
 from launch.process.watchdog import Watchdog
 from launch.run.directory import Run
+from launch.training.engine import EngineReady, SamplerEpoch
 from launch.training.logging import MetricsFile, Progress, ResolvedDeepSpeed
+from launch.training.milestones import Milestones
 from launch.training.nonfinite import NonFiniteSteps
 from launch.training.trainer import SftTrainer
 from smoothing.hf import SmoothedLossCallback
@@ -56,9 +63,16 @@ def check_arguments(args: SftTrainingArguments) -> None:
 
 
 def make_trainer(
-    options: SftOptions, args: SftTrainingArguments, tokenizer, data, run: Run, facts: dict, watchdog: Watchdog
+    options: SftOptions,
+    args: SftTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    data: EncodedData,
+    run: Run,
+    facts: dict,
+    watchdog: Watchdog,
+    starting: Starting,
 ) -> SftTrainer:
-    """The model under the smoothed loss in a Trainer; the loss goes in once DeepSpeed has sharded the model."""
+    """Make a Trainer of the model; its loss is installed once DeepSpeed has sharded the model."""
     args.output_dir = str(run.path)
     if run.checkpoint is not None:
         args.eval_on_start = run.evaluation_owed
@@ -68,8 +82,9 @@ def make_trainer(
     heldout = fill_to_multiple(data.heldout, data_parallel * args.per_device_eval_batch_size, tokenizer.eos_token_id)
     if not len(heldout):
         if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
-            raise UserError("the best checkpoint is told by held-out rows, and there are none; give --eval_data")
+            raise UserError("the best checkpoint is chosen by held-out rows, and there are none; give --eval_data")
         args.eval_strategy, args.eval_on_start, heldout = "no", False, None
+    keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     trainer = SftTrainer(
         model=load_model(options, tokenizer, dtype, args.seed),
@@ -80,13 +95,38 @@ def make_trainer(
         processing_class=tokenizer,
         nonfinite=NonFiniteSteps(options.on_nonfinite),
         watchdog=watchdog,
+        milestones=Milestones(StopOnSignal()),
         facts=facts,
+        keep=keep,
+        sampler=train_sampler(args, data, facts["rows_a_step"]),
     )
-    loss = {"label_smoothing": options.smoothing, "head": options.head, "chunk_bytes": options.chunk_bytes}
-    trainer.add_callback(SmoothedLossCallback(**loss, on_stats=trainer.count, logits_in_eval=False))
-    trainer.pop_callback(ProgressCallback)
-    trainer.pop_callback(PrinterCallback)
-    trainer.add_callback(Progress())
-    trainer.add_callback(MetricsFile())
-    trainer.add_callback(ResolvedDeepSpeed())
+    add_callbacks(trainer, options, starting)
     return trainer
+
+
+def train_sampler(args: SftTrainingArguments, data: EncodedData, rows_a_step: int) -> GroupedByLength | None:
+    """Make the sampler that Trainer is to use instead of its own, if any."""
+    if args.train_sampling_strategy != "group_by_length":
+        return None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return GroupedByLength(rows_a_step, [len(ids) for ids in data.train["input_ids"]], seed)
+
+
+def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: Starting) -> None:
+    """Add all callbacks. The order of those before `milestones` does not matter; Trainer's own are the first."""
+    for unused in (ProgressCallback, PrinterCallback):
+        trainer.pop_callback(unused)
+    loss = {"label_smoothing": options.smoothing, "head": options.head, "chunk_bytes": options.chunk_bytes}
+    callbacks = [
+        EngineReady(trainer),
+        SmoothedLossCallback(**loss, on_stats=trainer.count, logits_in_eval=False),
+        trainer.watchdog,
+        starting,
+        Progress(),
+        MetricsFile(),
+        ResolvedDeepSpeed(),
+        *([] if trainer.sampler is None else [SamplerEpoch(trainer.sampler)]),
+        trainer.milestones,
+    ]
+    for callback in callbacks:
+        trainer.add_callback(callback)

@@ -11,12 +11,15 @@ from pathlib import Path
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.process.environment import keep_quiet, load_weights_only, share_cores, skip_shared_memory_op
+from launch.process.environment import keep_quiet, share_cores
 from launch.process.launcher import follow_launcher
 
 follow_launcher()
 share_cores()
 keep_quiet()
+
+from launch.common.library_patches import load_weights_only, skip_shared_memory_op
+
 skip_shared_memory_op()
 load_weights_only()
 
@@ -31,14 +34,13 @@ from launch.data.records import DropReport
 from launch.preflight.checks import check_run
 from launch.process.exit import run_to_its_end
 from launch.process.ranks import ensure_environment, from_main, say, say_log
-from launch.process.signals import StopOnSignal, Stopped
+from launch.process.signals import Stopped
 from launch.process.startup_errors import Starting
 from launch.process.watchdog import Watchdog
 from launch.run.checkpoints import reading
 from launch.run.directory import Run, open_run
 from launch.run.layout import layout
 from launch.training.export import export
-from launch.training.milestones import Milestones
 from launch.training.samples import write_samples
 from launch.training.trainer import SftTrainer
 
@@ -61,8 +63,7 @@ def main(argv: list[str]) -> None:
     name_dropped(data.report, run.path / DROPPED)
     with Watchdog(options.stall_timeout) as watchdog:
         with Starting(run.path) as starting:
-            trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog)
-            trainer.add_callback(starting)
+            trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting)
             train(trainer, run)
         write_samples(trainer, tokenizer, data.heldout, options.samples)
         watchdog.beat("exporting the model", storage=True)
@@ -71,17 +72,13 @@ def main(argv: list[str]) -> None:
 
 def train(trainer: SftTrainer, run: Run) -> None:
     """Train to the end. Raises `Stopped` after a signal, with a checkpoint written."""
-    with StopOnSignal() as stop:
-        trainer.add_callback(stop)
-        trainer.add_callback(milestones := Milestones(stop))
-        trainer.milestones = milestones
-        with reading(run.checkpoint):
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    with trainer.milestones.stop as stop, reading(run.checkpoint):
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if run.converted:
         from_main(lambda: shutil.rmtree(run.checkpoint))
     check_progress(trainer, run)
     step = trainer.state.global_step
-    if stop.signal and (step < trainer.state.max_steps or milestones.evaluation_owed):
+    if stop.signal and (step < trainer.state.max_steps or trainer.milestones.evaluation_owed):
         raise Stopped(
             stop.signal, f"stopped after step {step}; the same command with --output_dir {run.path} goes on"
         )

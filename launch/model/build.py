@@ -16,12 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
-from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import set_zero3_state
 
 from launch.common.errors import UserError
+from launch.common.library_patches import weightless
 from launch.common.messages import did_you_mean, error_line
 from launch.common.units import GIB
 from launch.config.options import SftOptions
@@ -122,8 +121,7 @@ def _check_heads(config: PreTrainedConfig) -> None:
 
 def _check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Build it without weights, which finds most mistakes, and compare what they would take with what there is."""
-    # under ZeRO 3 transformers would share out even weights that are not there, unless it thinks it does already
-    with torch.device("meta"), no_init_weights(), set_zero3_state():
+    with weightless():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     there = psutil.virtual_memory().total

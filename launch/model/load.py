@@ -1,6 +1,5 @@
 """The model and tokenizer of a run: loaded, or built from a configuration and trained on the data."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.deepspeed import deepspeed_config
 
 from launch.common.errors import UserError
+from launch.common.library_patches import without_tensor_parallel
 from launch.common.messages import error_line, shortened, typed_error_line
 from launch.config.options import SftOptions
 from launch.data.train_tokenizer import train_tokenizer
@@ -70,7 +69,7 @@ def load_model(
 def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     _check_there(options.model)
     try:
-        with _without_tensor_parallel():
+        with without_tensor_parallel():
             model, found = AutoModelForCausalLM.from_pretrained(
                 options.model,
                 dtype=dtype,
@@ -101,22 +100,6 @@ def _check_loaded(model: str, found: dict) -> None:
         )
     if unknown:
         say(f"{len(unknown)} weights of {model} have no place in its configuration: {shortened(', '.join(unknown))}")
-
-
-@contextmanager
-def _without_tensor_parallel():
-    """Load as if there were no tensor parallelism; DeepSpeed splits the layers later, in `initialize`.
-
-    transformers 5.23 refuses to load any checkpoint under ZeRO 3 whose model has weight renamings while the
-    configuration speaks of tensor parallelism, though the renamings are made on whole weights.
-    """
-    config = deepspeed_config() or {}
-    hidden = config.pop("tensor_parallel", None)
-    try:
-        yield
-    finally:
-        if hidden is not None:
-            config["tensor_parallel"] = hidden
 
 
 def _check_there(model: str) -> None:

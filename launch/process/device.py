@@ -1,7 +1,21 @@
-"""Whether this run's tensors lie on a GPU: DeepSpeed decides, by what is there or by `DS_ACCELERATOR=cpu`."""
+"""The device that a run's tensors are on, and the most memory it has held."""
+
+import resource
+
+import torch
+
+from launch.common.units import GIB
 
 
 def uses_gpu() -> bool:
+    """Return whether that is a GPU: DeepSpeed decides, by what is installed or by `DS_ACCELERATOR=cpu`."""
     from deepspeed.accelerator import get_accelerator  # slow to import, and not needed to read data
 
     return get_accelerator().device_name() == "cuda"
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory this process has held: allocated on the device, or resident on a CPU."""
+    if uses_gpu():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

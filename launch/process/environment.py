@@ -15,35 +15,6 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def skip_shared_memory_op() -> None:
-    """Do without the C++ op that DeepSpeed builds at its first start on a CPU, for all-reduces of inference alone.
-
-    Building it takes a compiler and minutes, and a start that is interrupted meanwhile leaves a lock behind on which
-    every later one waits without end. Which of its ops could be built is not asked for at all: finding out starts
-    compilers, and warns of a toolkit that nothing here needs.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__ = {}
-
-
-def load_weights_only() -> None:
-    """Nothing that `torch.load` reads may run code: checkpoints of a directory that a user was merely pointed at.
-
-    DeepSpeed asks for full pickles; torch lets the environment overrule it. What its checkpoints hold beside tensors
-    is named here.
-    """
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    import torch
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
-    # by its value; some Pythons (3.11.2, which is Debian 12's) write a call of getattr, which would not be read
-    ZeroStageEnum.__reduce_ex__ = lambda member, protocol: (type(member), (member.value,))
-
-
 def keep_quiet() -> None:
     """Errors and this project's own words only; no progress bars into a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

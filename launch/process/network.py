@@ -8,7 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import psutil
-import torch.distributed.distributed_c10d as c10d
+
+from launch.common.library_patches import set_collective_timeout
 
 INTERFACES = Path("/sys/class/net")
 PATIENCE, FOR_EVER = timedelta(hours=2), timedelta(weeks=52)
@@ -62,8 +63,4 @@ def wait_longer_than(limit: float) -> None:
     """
     wanted = 2 * limit or FOR_EVER.total_seconds()
     patience = max(PATIENCE, timedelta(seconds=min(wanted, FOR_EVER.total_seconds())))
-    c10d.default_pg_timeout = patience
-    if c10d.default_pg_nccl_timeout is not None:
-        c10d.default_pg_nccl_timeout = patience
-    if c10d.is_initialized():
-        c10d._set_pg_timeout(patience)
+    set_collective_timeout(patience)

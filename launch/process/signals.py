@@ -1,19 +1,16 @@
-"""SIGTERM or Ctrl-C: noted, and agreed on by all ranks after the step under way (`milestones` does the rest)."""
+"""SIGTERM and Ctrl-C: noted when they come, and agreed on by all ranks between steps."""
 
 import os
 import signal
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
-
-from launch.process.ranks import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """The run ended on a signal, with a checkpoint. `code`: what the process exits with."""
+    """The run ended on a signal, with a checkpoint. `code` is the process's exit code."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -21,21 +18,23 @@ class Stopped(Exception):
 
 
 class EvaluationCut(Exception):
-    """A signal has come during an evaluation, which may be longer than what is left until the launcher kills."""
+    """A signal came during an evaluation, which may take longer than the launcher waits before it kills."""
 
 
-class StopOnSignal(TrainerCallback):
-    """`signal`: the first that any rank has seen, the same on all of them after each step; 0 for none.
+class StopOnSignal:
+    """Listens for signals while entered, and agrees on them with the other ranks.
 
-    Listens while entered; ends an evaluation with `EvaluationCut`, on all ranks after the same batch. A second Ctrl-C
-    ends the process at once. The deepspeed launcher passes a signal on to one rank after another and gives each half
-    a minute, so a step and its checkpoint have that long. Collectives: one all-reduce of one number a step, or batch
-    of an evaluation, between the hosts (gloo), so that no device waits.
+    A second Ctrl-C ends the process at once. The deepspeed launcher passes a signal on to one rank after another and
+    gives each half a minute, so a step and its checkpoint have that long.
+
+    Attributes:
+        signal: The first signal that any rank had seen when `agree` was last called, the same on all ranks; 0 for
+            none.
     """
 
     def __init__(self):
         self.signal = 0
-        self._seen = 0  # on this rank, at any moment, also in the middle of agreeing on it
+        self._seen = 0  # on this rank, at any moment, also while the ranks are agreeing
         self._group = None
 
     def __enter__(self) -> "StopOnSignal":
@@ -51,23 +50,19 @@ class StopOnSignal(TrainerCallback):
             os._exit(128 + number)
         self._seen = self._seen or number
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def connect(self) -> None:
+        """Make the group that the ranks agree in. Collectives: one new group (gloo)."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.signal = self._agreed()
-        if self.signal:
-            say(f"stopping on {signal.Signals(self.signal).name} after step {state.global_step}: saving a checkpoint")
+    def agree(self) -> int:
+        """Update and return `signal`; all ranks must call this after the same step.
 
-    def on_prediction_step(self, args, state, control, **kwargs):
-        self.signal = self._agreed()
-        if self.signal:
-            raise EvaluationCut
-
-    def _agreed(self) -> int:
-        if self._group is None:
-            return self._seen
-        seen = torch.tensor([self._seen])
-        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._group)
-        return int(seen)
+        Collectives: one all-reduce of one number between the hosts (gloo), so that no device waits.
+        """
+        self.signal = self._seen
+        if self._group is not None:
+            seen = torch.tensor([self._seen])
+            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._group)
+            self.signal = int(seen)
+        return self.signal

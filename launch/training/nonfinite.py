@@ -10,7 +10,6 @@ from torch import Tensor
 from launch.common.errors import UserError
 from launch.process.ranks import on_all_ranks, say
 
-MODES = ("stop", "skip")
 SHOWN = 8
 IN_A_ROW = 20  # steps left out one after another, after which there is nothing to hope for
 
@@ -88,11 +87,3 @@ def check_weights(weights: Iterable[tuple[str, Tensor]], before: set[str], lost:
 def _some(rows: list[str]) -> str:
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return ", ".join(rows[:SHOWN]) + more
-
-
-def skip_without_zero(engine, norm: float | Tensor) -> None:
-    """Keep an fp32 engine without ZeRO from making an update of this gradient norm, as with ZeRO it would."""
-    overflow = not torch.isfinite(torch.as_tensor(norm)).item()
-    if overflow:
-        engine.optimizer.zero_grad(set_to_none=True)
-    engine.optimizer.overflow = overflow

@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from launch.training.milestones import Milestones
+from launch.training.trainer import SftTrainer
 
 STEPS_AN_EPOCH, MAX_STEPS = 5, 12
 
@@ -24,7 +25,7 @@ def due(step: int, signal: int = 0, **strategies) -> tuple[str, bool]:
         save_steps=5,
     )
     control = TrainerControl()
-    milestones = Milestones(SimpleNamespace(signal=signal))
+    milestones = Milestones(SimpleNamespace(agree=lambda: signal))
     for callback in (DefaultFlowCallback(), milestones):
         callback.on_step_end(args, state, control)
     found = (control.should_log * "L") + (control.should_evaluate * "E") + (control.should_save * "S")
@@ -69,3 +70,22 @@ def test_a_signal_leaves_a_checkpoint_and_owes_what_was_due(step, strategies, ow
 
 def test_a_signal_in_the_last_step_changes_nothing():
     assert due(12, signal=15, eval_strategy="epoch") == ("LES", False)
+
+
+def test_a_run_resumed_at_its_end_makes_no_step():
+    control = TrainerControl()
+    Milestones(None).on_epoch_begin(None, TrainerState(global_step=12, max_steps=12), control)
+    trainer = SftTrainer.__new__(SftTrainer)
+    trainer.control = control
+    assert trainer.get_batch_samples(iter([{}]), 1, None) == ([], None)
+
+
+def test_milestones_must_be_the_last_callback():
+    class Late(TrainerCallback):
+        pass
+
+    trainer = SftTrainer.__new__(SftTrainer)
+    trainer.milestones = Milestones(None)
+    trainer.callback_handler = SimpleNamespace(callbacks=[trainer.milestones, Late()])
+    with pytest.raises(RuntimeError, match=r"Milestones must be the last callback.* Late was added after it"):
+        trainer.train()

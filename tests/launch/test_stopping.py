@@ -2,14 +2,12 @@
 
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from launch.process.signals import SIGNALS, EvaluationCut, StopOnSignal
-
-STATE = SimpleNamespace(global_step=3)
+from launch.training.milestones import Milestones
 
 
 def interrupted_while_agreeing(monkeypatch) -> StopOnSignal:
@@ -28,26 +26,23 @@ def interrupted_while_agreeing(monkeypatch) -> StopOnSignal:
 
 def test_a_signal_in_the_middle_of_agreeing_is_heard_after_the_next_step(monkeypatch):
     with interrupted_while_agreeing(monkeypatch) as stop:
-        stop.on_step_end(None, STATE, None)
-        assert stop.signal == 0  # as the others believe
-        stop.on_step_end(None, STATE, None)
-        assert stop.signal == signal.SIGTERM
+        assert stop.agree() == stop.signal == 0  # as the others believe
+        assert stop.agree() == stop.signal == signal.SIGTERM
 
 
 def test_the_same_in_an_evaluation(monkeypatch):
     with interrupted_while_agreeing(monkeypatch) as stop:
-        stop.on_prediction_step(None, STATE, None)
+        milestones = Milestones(stop)
+        milestones.on_prediction_step(None, None, None)
         with pytest.raises(EvaluationCut):
-            stop.on_prediction_step(None, STATE, None)
+            milestones.on_prediction_step(None, None, None)
 
 
 def test_alone_and_not_once_it_no_longer_listens():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopOnSignal() as stop:
-        stop.on_step_end(None, STATE, None)
-        assert stop.signal == 0
+        assert stop.agree() == 0
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.on_step_end(None, STATE, None)
-        assert stop.signal == signal.SIGINT  # the first
+        assert stop.agree() == signal.SIGINT  # the first
     assert [signal.getsignal(number) for number in SIGNALS] == before

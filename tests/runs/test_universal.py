@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.training.loaded import place_step_counts
+from launch.common.library_patches import place_step_counts
 from tests.support.small_run import flags, launch_many, metrics, write_data, write_model
 
 COMMON = {

@@ -686,7 +686,7 @@ def engine_losses(state: dict, stage: int, tied: bool, steps: int, **options) ->
     import deepspeed
     import torch.distributed as dist
 
-    from launch.process.environment import skip_shared_memory_op
+    from launch.common.library_patches import skip_shared_memory_op
 
     skip_shared_memory_op()
     os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE="2")

@@ -1,0 +1,37 @@
+"""What is changed in Trainer's engine and state once DeepSpeed has made the one and a checkpoint is loaded."""
+
+from pathlib import Path
+
+from transformers import Trainer, TrainerCallback
+
+from launch.common.library_patches import follow_this_schedule, keep_fp32_grad_norm, place_step_counts
+from launch.common.paths import CHECKPOINT
+from launch.data.sampler import GroupedByLength
+
+
+class EngineReady(TrainerCallback):
+    """Applies fixes to the engine, and after a resume to optimizer, LR schedule and state."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        engine = self.trainer.deepspeed
+        if engine.zero_optimization_stage() == 0:
+            keep_fp32_grad_norm(engine)
+        if state.global_step:  # a checkpoint was loaded
+            place_step_counts(engine.basic_optimizer)
+            schedule = self.trainer.lr_scheduler
+            follow_this_schedule(getattr(schedule, "scheduler", schedule), self.trainer.optimizer)  # if wrapped
+        if state.best_global_step:  # in this directory, even if the run was copied from another one
+            state.best_model_checkpoint = str(Path(args.output_dir) / CHECKPOINT.format(step=state.best_global_step))
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells a sampler which epoch begins: Trainer does not reach it through what skips batches on several ranks."""
+
+    def __init__(self, sampler: GroupedByLength):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch))

@@ -1,0 +1,158 @@
+"""Libraries still do what they are patched for. A test that fails here says that its patch can go."""
+
+import inspect
+import pickle
+import re
+import tomllib
+from types import SimpleNamespace
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed.distributed_c10d as c10d
+from deepspeed.checkpoint import universal_checkpoint
+from deepspeed.comm.torch import build_shm_op
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from packaging.specifiers import SpecifierSet
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from transformers.integrations import deepspeed as integration
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from launch.common import library_patches as patches
+from launch.training.trainer_overrides import TrainerWithHooks
+from tests.support.small_run import ROOT
+
+
+def test_deepspeed_builds_an_op():
+    assert "builder.load()" in inspect.getsource(build_shm_op)
+
+
+def test_deepspeed_loads_full_pickles(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "load", lambda *_, weights_only=None, **__: asked.append(weights_only))
+    TorchCheckpointEngine().load("checkpoint")
+    assert asked == [False]
+
+
+def test_a_zero_stage_is_pickled_by_value():
+    """Needed for as long as Python 3.11.2 is allowed."""
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert "3.11.2" in SpecifierSet(python)
+    patches.load_weights_only()
+    assert ZeroStageEnum.gradients.__reduce_ex__(2) == (ZeroStageEnum, (2,))
+    assert pickle.loads(pickle.dumps(ZeroStageEnum.gradients)) is ZeroStageEnum.gradients
+
+
+def test_deepspeed_makes_groups_without_a_timeout():
+    assert list(inspect.signature(deepspeed.comm.new_group).parameters) == ["ranks"]
+    assert isinstance(c10d.default_pg_timeout, type(c10d._get_default_timeout("gloo")))
+
+
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+
+
+@pytest.fixture
+def zero_3():
+    """transformers' view of a run with ZeRO 3 and tensor parallelism, without an engine."""
+    config = {"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}}
+    kept = integration.HfDeepSpeedConfig(config)
+    yield kept
+    integration.unset_hf_deepspeed_config()
+
+
+def test_zero_3_partitions_models_on_the_meta_device(zero_3, monkeypatch):
+    def partitions(**_):
+        raise NotImplementedError("partitions")
+
+    monkeypatch.setattr(deepspeed.zero, "Init", partitions)
+    config = LlamaConfig(**SMALL)
+    with torch.device("meta"), pytest.raises(NotImplementedError, match="partitions"):
+        AutoModelForCausalLM.from_config(config)
+    with patches.weightless():
+        assert next(AutoModelForCausalLM.from_config(config).parameters()).is_meta
+
+
+def test_transformers_refuses_to_load_under_tensor_parallelism(zero_3):
+    """Wherever the refusal stands, it looks at the configuration's tensor parallelism."""
+    with patches.without_tensor_parallel():
+        assert "tensor_parallel" not in zero_3.config
+    assert zero_3.config["tensor_parallel"] == {"autotp_size": 2}
+    assert re.search(r"tensor_parallel.*\n(.*\n){0,12}.*raise NotImplementedError", inspect.getsource(integration))
+
+
+@pytest.fixture
+def plain_norm(monkeypatch):
+    """In place of DeepSpeed's, which needs a process group."""
+    for module in (deepspeed.runtime.engine, deepspeed.runtime.utils):
+        monkeypatch.setattr(
+            module, "clip_grad_norm_", lambda parameters, max_norm, mpu: clip_grad_norm_(parameters, max_norm)
+        )
+
+
+def clipping_engine(gradient: float) -> SimpleNamespace:
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.grad = torch.full_like(module.weight, gradient)
+    return SimpleNamespace(
+        module=module, gradient_clipping=lambda: 1.0, mpu=None, optimizer=torch.optim.SGD(module.parameters(), lr=1.0)
+    )
+
+
+def test_deepspeed_drops_the_gradient_norm(plain_norm):
+    engine = clipping_engine(4.0)
+    DeepSpeedEngine.clip_fp32_gradients(engine)
+    assert not hasattr(engine, "_global_grad_norm") and not hasattr(engine.optimizer, "overflow")
+    patches.keep_fp32_grad_norm(engine := clipping_engine(4.0))
+    engine.clip_fp32_gradients()
+    assert engine._global_grad_norm == 4.0 and not engine.optimizer.overflow
+    assert engine.module.weight.grad.item() == pytest.approx(1.0)
+
+
+def test_a_norm_that_is_not_finite_leaves_the_step_out(plain_norm):
+    patches.keep_fp32_grad_norm(engine := clipping_engine(torch.nan))
+    engine.clip_fp32_gradients()
+    assert engine.optimizer.overflow and engine.module.weight.grad is None
+
+
+def test_deepspeed_loads_step_counts_to_where_they_were_saved():
+    source = inspect.getsource(universal_checkpoint.load_hp_checkpoint_state)
+    assert "step = ckpt_dict" in source and ".to(" not in source
+
+
+def test_torch_restores_the_rate_of_the_saved_schedule():
+    def schedule(steps: int):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps), optimizer
+
+    (saved, optimizer), (longer, resumed) = schedule(4), schedule(8)
+    for _ in range(2):
+        optimizer.step()
+        saved.step()
+    longer.load_state_dict(saved.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert longer.get_last_lr() == [0.5] and resumed.param_groups[0]["lr"] == 0.5
+    patches.follow_this_schedule(longer, resumed)
+    assert longer.get_last_lr() == [0.75] and resumed.param_groups[0]["lr"] == 0.75
+
+
+def test_trainers_sampler_draws_from_the_global_generator():
+    assert "generator" not in inspect.getsource(Trainer._get_train_sampler)
+    assert not hasattr(LengthGroupedSampler, "set_epoch")
+
+
+def test_trainer_writes_checkpoints_in_place():
+    assert not re.search("rename|replace|tmp", inspect.getsource(Trainer._save_checkpoint))
+
+
+def test_trainer_loads_the_best_checkpoint_unchecked():
+    assert not re.search("sha256|digest|checksum", inspect.getsource(Trainer._load_best_model))
+
+
+def test_trainer_still_has_what_is_overridden():
+    overridden = [name for name in vars(TrainerWithHooks) if name.startswith("_") and not name.startswith("__")]
+    assert sorted(overridden) == ["_get_output_dir", "_get_train_sampler", "_load_best_model", "_save_checkpoint"]
+    for name in overridden:
+        theirs, ours = inspect.signature(getattr(Trainer, name)), inspect.signature(getattr(TrainerWithHooks, name))
+        assert list(ours.parameters) == list(theirs.parameters), name
