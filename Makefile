@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sanity test torture fuzz bench bench-gpu lint format clean
+.PHONY: help setup train sanity test torture fuzz bench bench-gpu docs lint format clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -42,6 +42,9 @@ bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS);
 	-for peer in liger-kernel cut-cross-entropy quack-kernels; do pip install --quiet --constraint constraints.txt $$peer; done
 	python benchmarks/gpu.py $(ARGS)
 	python benchmarks/gpu_training.py $(TRAIN_ARGS)
+
+docs: setup ## Write docs/api.md from the docstrings
+	python -m docs.generate_api
 
 lint: setup ## Check style
 	ruff check
