@@ -67,17 +67,17 @@ class Sizes:
 
     @property
     def messages(self) -> int:
-        """Collectives of a call: the meeting, the mean row, and two for each chunk."""
+        """Collectives of a call: the handshake, the mean row, and two for each chunk."""
         return 2 + 2 * self.chunks if self.ranks > 1 else 0
 
     @property
     def gathered_bytes(self) -> int:
-        """What this rank gives to all-gathers."""
+        """Bytes that this rank passes to all-gathers."""
         return HEADER_BYTES + STATISTICS_BYTES * self.tokens if self.ranks > 1 else 0
 
     @property
     def reduced_bytes(self) -> int:
-        """What this rank gives to all-reduces: the mean row, and the hidden states' gradient."""
+        """Bytes that this rank passes to all-reduces: the mean row, and the hidden states' gradient."""
         return FP32 * (self.hidden + 1 + self.tokens * self.hidden) if self.ranks > 1 else 0
 
     @property

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --device cpu       # a dry run on small sizes, which writes nothing
 
 Every contender is checked against fp64 before it is timed, then all take turns in one process. What is not installed
-is left out, and said. Writes `benchmarks/results/gpu.json` and `gpu.md`.
+is left out, and named as such. Writes `benchmarks/results/gpu.json` and `gpu.md`.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def check(contender: Contender, loss: Loss, sizes: Sizes, device: str) -> str:
     try:
         value = loss(given)
         value.backward()
-    except Exception as fault:
-        return said(fault)
+    except Exception as error:
+        return one_line(error)
     got = [value.detach(), *(x.grad for x in (given.hidden, given.weight) if x is not None)]
     for name, mine, theirs, exact in zip(("loss", "first gradient", "second"), got, rival, truth, strict=False):
         error, allowed = relative_error(mine, exact), relative_error(theirs, exact)
@@ -82,11 +82,11 @@ def ours(name: str) -> bool:
     return "here" in name
 
 
-def said(fault: Exception) -> str:
-    """In one line."""
-    if isinstance(fault, torch.cuda.OutOfMemoryError):
+def one_line(error: Exception) -> str:
+    """What an exception says, shortened to one line."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
-    return f"{type(fault).__name__}: {fault}".splitlines()[0][:160]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -174,8 +174,8 @@ def captured(loss: Loss, given: Given) -> str:
         graph.replay()
         torch.cuda.synchronize()
         return "yes" if torch.equal(value, want) else f"another loss: {value.item()} for {want.item()}"
-    except Exception as fault:
-        return f"no: {fault}".splitlines()[0][:120]
+    except Exception as error:
+        return f"no: {error}".splitlines()[0][:120]
 
 
 def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int) -> dict:
@@ -187,8 +187,8 @@ def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int)
             continue
         try:
             loss = contender.make()
-        except Exception as fault:
-            verdicts[contender.name] = said(fault)
+        except Exception as error:
+            verdicts[contender.name] = one_line(error)
             continue
         verdicts[contender.name] = check(contender, loss, sizes, device) if contender.checked else "ok"
         if verdicts[contender.name] == "ok":
@@ -197,21 +197,21 @@ def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int)
         print(f"{sizes}: {name}: {verdict}", flush=True)
     clock, milliseconds, memory = Clock(device), {name: [] for name in losses}, {}
     more = {}
-    for turn in range(rounds + 1):  # the first one warms up
+    for index in range(rounds + 1):  # the first one warms up
         names = list(losses)
-        for name in names if turn % 2 else reversed(names):
+        for name in names if index % 2 else reversed(names):
             given = None  # the last one's memory is free
             try:
                 given = Given.make(sizes, device)
-                if turn == 0 and device == "cuda":
+                if index == 0 and device == "cuda":
                     step(losses[name], given)
                     memory[name] = peak_bytes(losses[name], given)
                 taken = clock.time(lambda n=name, g=given: step(losses[n], g))
-            except Exception as fault:  # a contender's, who is out; the others go on
-                verdicts[name] = said(fault)
+            except Exception as error:  # the contender is out, the others continue
+                verdicts[name] = one_line(error)
                 losses.pop(name), milliseconds.pop(name)
                 continue
-            if turn:
+            if index:
                 milliseconds[name].append(taken)
     given = None
     if device == "cuda":

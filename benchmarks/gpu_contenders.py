@@ -85,7 +85,7 @@ def quack_loss() -> Loss:
 
 
 def here_fused(given: Given) -> Tensor:
-    """Told how many labels there are, as `launch/` tells it."""
+    """With `label_tokens`, the number of labels, as `launch/` passes it."""
     options = {"label_smoothing": SMOOTHING, "chunk_bytes": given.chunk_bytes, "label_tokens": len(given.target)}
     return vocab_parallel_linear_cross_entropy(given.hidden, given.weight, given.target, **options)
 
@@ -113,7 +113,7 @@ def torch_chunked_head() -> Loss:
 
 
 def compiled(loss: Loss) -> Loss:
-    """For one shape at a time, as if it were the only one."""
+    """Compiled for one shape at a time, as if it were the only one."""
     torch._dynamo.reset()
     return torch.compile(loss, dynamic=False)
 

@@ -74,7 +74,7 @@ NO_MEMORY = ("out of memory", "cublas_status_alloc_failed")
 
 
 class OutOfMemory(Exception):
-    """A run that asked for more than the device has."""
+    """A run that needed more memory than the device has."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ class Bench:
         values |= {"logging_steps": 2, "save_strategy": "no"}
         done = subprocess.run(self.command(*launcher, **values), capture_output=True, text=True)
         if done.returncode:
-            said = done.stdout + done.stderr
-            if any(words in said.lower() for words in NO_MEMORY):
+            output_text = done.stdout + done.stderr
+            if any(words in output_text.lower() for words in NO_MEMORY):
                 raise OutOfMemory
-            raise SystemExit(f"{shlex.join(done.args)}\nended with {done.returncode}:\n{said[-4000:]}")
+            raise SystemExit(f"{shlex.join(done.args)}\nended with {done.returncode}:\n{output_text[-4000:]}")
         return _speed([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
 
     def largest(self, head: str, rows: int, most: int) -> int:
@@ -157,9 +157,9 @@ def write_rows(path: Path, count: int) -> Path:
     draw, lines = random.Random(0), []
     for _ in range(count):
         name, terms = draw.choice(("Ada", "Ben", "Cleo", "Dan", "Eve")), draw.sample(range(2, 99), draw.randint(4, 9))
-        told = "; ".join(f"on day {day + 1} {name} packs {term} boxes of apples" for day, term in enumerate(terms))
+        days = "; ".join(f"on day {day + 1} {name} packs {term} boxes of apples" for day, term in enumerate(terms))
         steps = " ".join(f"Adding {term} gives {sum(terms[: i + 1])}." for i, term in enumerate(terms))
-        question = f"A farm counts its boxes: {told}. How many boxes are there after {len(terms)} days?"
+        question = f"A farm counts its boxes: {days}. How many boxes are there after {len(terms)} days?"
         lines.append(json.dumps({"question": question, "answer": f"{steps}\n#### {sum(terms)}"}) + "\n")
     path.write_text("".join(lines))
     return path
@@ -176,8 +176,8 @@ def product_rate(device: str, size: int) -> float:
 def compare(bench: Bench, rows: int, steps: int, rounds: int) -> dict[str, list[Speed]]:
     """Runs of every head on the same rows, taking turns; none for a head that does not fit."""
     speeds = {head: [] for head in HEADS}
-    for turn in range(rounds):
-        for head in reversed(HEADS) if turn % 2 else HEADS:
+    for index in range(rounds):
+        for head in reversed(HEADS) if index % 2 else HEADS:
             try:
                 speeds[head].append(bench.train(head, rows, steps))
                 print(f"{head}: {speeds[head][-1]}", flush=True)
@@ -188,7 +188,7 @@ def compare(bench: Bench, rows: int, steps: int, rounds: int) -> dict[str, list[
 
 def table(result: dict) -> str:
     peak = result["nominal"] or result["product_rate"]
-    said = "as its maker says" if result["nominal"] else "as measured"
+    source = "as its maker states" if result["nominal"] else "as measured"
     lines = [
         f"# Training on one GPU: {json.dumps(result['model'])}, bf16",
         "",
@@ -196,7 +196,7 @@ def table(result: dict) -> str:
         "",
         f"{result['device']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items() if v)}; {result['date']}. "
         f"A bf16 product runs at {result['product_rate'] / 1e12:.1f} TFLOP/s here. MFU: 6 operations for each weight "
-        f"of a product and token (the head's for label tokens alone) against {peak / 1e12:.1f} TFLOP/s, {said}.",
+        f"of a product and token (the head's for label tokens alone) against {peak / 1e12:.1f} TFLOP/s, {source}.",
         "",
         "| head | rows a step | tokens/s, median (least to most) | label tokens/s | MFU | peak GiB | rows that fit |",
         "|---|---|---|---|---|---|---|",

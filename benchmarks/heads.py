@@ -58,7 +58,7 @@ def hardware() -> dict:
 
 
 def point(args, ranks: int, tokens: int, vocab: int, save) -> None:
-    """One combination of sizes: verdicts, then peak memory, times and ratios; `save(entry)` after each step."""
+    """Measure one combination of sizes: verdicts, peak memory, times, ratios; `save(entry)` after each step."""
     sizes = {"tokens": tokens, "vocab": vocab, "hidden": args.hidden, "smoothing": args.smoothing}
     verdicts = on_ranks(check, ranks, args.contenders, vocab, args.hidden, args.smoothing, args.ignored[0])
     for name, verdict in verdicts.items():
@@ -67,8 +67,8 @@ def point(args, ranks: int, tokens: int, vocab: int, save) -> None:
     entry = {"ranks": ranks, "tokens": tokens, "vocab": vocab, "checked": verdicts, "load": os.getloadavg()[0]}
     entry["peak_bytes"] = {name: on_ranks(peak_memory, ranks, name, sizes, args.ignored[0]) for name in names}
     seconds = {f"{name}@{share:g}": [] for share in args.ignored for name in names}
-    for turn in range(args.rounds):
-        taken = on_ranks(time_interleaved, ranks, names, sizes, args.ignored, turn, args.turns)
+    for index in range(args.rounds):
+        taken = on_ranks(time_interleaved, ranks, names, sizes, args.ignored, index, args.turns)
         for key, values in taken.items():
             seconds[key] += values
         entry["load"] = max(entry["load"], os.getloadavg()[0])
