@@ -1,4 +1,8 @@
-"""Label-smoothed cross entropy over a sharded vocabulary."""
+"""Label-smoothed cross entropy over a vocabulary that is sharded over ranks; needs torch alone.
+
+From logits, from hidden states, or installed in a Hugging Face model. What is imported here is the public interface;
+`smoothing.hf` has a callback for `transformers.Trainer`.
+"""
 
 from smoothing.core.call import TokenStats
 from smoothing.install import install_smoothed_loss

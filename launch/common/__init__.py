@@ -1,1 +1,1 @@
-"""Errors, text and files: what every other room uses."""
+"""What every other folder uses, and what uses none of them: errors, text, files, names of paths."""

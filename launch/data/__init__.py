@@ -1,1 +1,1 @@
-"""Data for supervised fine-tuning: read, recognise, encode, mask; every dropped row accounted for."""
+"""Which rows are trained on, and which of their tokens are learned; every dropped row is counted with its reason."""

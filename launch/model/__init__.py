@@ -1,1 +1,1 @@
-"""The model of a run: loaded or built, and checked."""
+"""The model that is trained: loaded or built from a configuration, and checked."""

@@ -1,1 +1,1 @@
-"""--sanity: checks on one device before a long run."""
+"""`--sanity`: check a run on one device before it is started on many."""

@@ -1,1 +1,1 @@
-"""The processes of a run: ranks, launcher, network, signals, watchdog, exit."""
+"""The processes of a run: how ranks start, talk, are watched, stop, and with which exit code."""

@@ -1,1 +1,1 @@
-"""The run directory: checkpoints, manifests, resume."""
+"""The run directory: what a run leaves on disk, and how it resumes from it."""

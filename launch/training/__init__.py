@@ -1,1 +1,1 @@
-"""The training loop: Trainer, metrics, milestones, samples, export."""
+"""The training loop: Trainer with this loss, its metrics, what is due after a step, samples and export."""

@@ -1,1 +1,1 @@
-"""What every loss shares: options, arguments, the header that ranks compare, statistics, collectives."""
+"""What every loss shares: its options and arguments, the mathematics of a shard, and what ranks exchange."""

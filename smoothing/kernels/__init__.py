@@ -1,1 +1,1 @@
-"""The passes over a shard's logits: Triton kernels, and the same in torch operations."""
+"""Everything that reads a shard's logits: as Triton kernels and as torch operations, behind one interface."""

@@ -1,1 +1,1 @@
-"""The fused head: logits a chunk at a time, gradients summed on the way."""
+"""The fused head: loss and gradients from hidden states, the logits computed one chunk at a time and never kept."""

@@ -1,1 +1,1 @@
-"""A loss inside a Hugging Face model: its output head, its forward, what it supports."""
+"""The loss inside a Hugging Face model: what takes the place of its output head and loss, and what is refused."""

@@ -1,1 +1,1 @@
-"""What a row means: its format, its conversation, its tokens and labels."""
+"""What a row means: its format, its conversation, its tokens, and which of them are labels."""

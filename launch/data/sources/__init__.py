@@ -1,1 +1,1 @@
-"""Where rows come from: files, directories, hub names, the standard library's docstrings."""
+"""Where rows come from: files, directories, hub names, the docstrings of the standard library."""
