@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
 
-setup: $(READY) ## Make .venv with everything, at the versions that were tested
+setup: $(READY) ## Create .venv with everything, at the versions that were tested
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,10 +17,10 @@ $(READY): pyproject.toml constraints.txt
 	pip install --quiet --constraint constraints.txt --editable '.[train,test,lint,plot]'
 	@touch $(READY)
 
-train: setup ## Run the embedded default: a small Llama, a few minutes, no GPU needed (ARGS="--tp 2 ...")
+train: setup ## Train the embedded default: a small Llama, a few minutes, no GPU needed (ARGS="--max_steps 50")
 	deepspeed launch/sft.py --smoothing 0.1 $(ARGS)
 
-sanity: setup ## Check a run on one device before a long one (ARGS="--recipe recipes/...")
+sanity: setup ## Check a run on one device before you start it (ARGS="--recipe recipes/...")
 	python launch/sft.py --sanity $(ARGS)
 
 test: setup ## Run all tests
@@ -29,16 +29,16 @@ test: setup ## Run all tests
 torture: setup ## Kill runs fifty times at random moments and compare their weights (ARGS="--kills 50")
 	python -m tests.runs.torture $(ARGS)
 
-fuzz: setup ## Fuzz readers, recipes and the losses' arguments (hypothesis), and what reads bytes (atheris)
+fuzz: setup ## Fuzz readers, recipes and the losses' arguments (hypothesis), and parsers of bytes (atheris)
 	pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	FUZZ=30 pytest -s tests/launch/test_fuzz.py
 	python -m tests.launch.fuzz_bytes $(ARGS)
 
-bench: setup ## Time the head and its loss against the others on two CPU ranks (into benchmarks/results/)
+bench: setup ## Time head and loss against the others on two CPU ranks; writes benchmarks/results/
 	pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	python benchmarks/heads.py --rounds 7 --name bar $(ARGS)
 
-bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS); what cannot be installed is left out
+bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS), against whatever can be installed
 	-for peer in liger-kernel cut-cross-entropy quack-kernels; do pip install --quiet --constraint constraints.txt $$peer; done
 	python benchmarks/gpu.py $(ARGS)
 	python benchmarks/gpu_training.py $(TRAIN_ARGS)
