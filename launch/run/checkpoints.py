@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, sealed with digests, renamed, and looked at before use.
+"""Checkpoints that are whole or absent: written aside, sealed with digests, renamed, and checked before use.
 
 A `checkpoint-N` directory holds a manifest (`launch.run.manifest`). All ranks read and write checkpoints together,
-each a share of the files, on storage that they share.
+each a share of the files, on storage that all of them see.
 """
 
 import fnmatch
@@ -25,29 +25,32 @@ from launch.common.units import GIB
 from launch.process.ranks import from_main, is_main, on_all_ranks, rank, say, world_size
 from launch.run.manifest import Entry, Manifest
 
-LATEST = "latest"  # where DeepSpeed says which directory is its own
+LATEST = "latest"  # where DeepSpeed names its own directory
 MODEL_STATES = "*model_states.pt"
 RNG_STATES = "rng_state*.pth"
 
 
 def step_of(folder: Path) -> int | None:
-    """N of a `checkpoint-N`, or None."""
+    """Return the N of a `checkpoint-N`, or None."""
     match = re.fullmatch(CHECKPOINT.format(step="([0-9]+)"), folder.name)
     return int(match[1]) if match else None
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The `checkpoint-N` directories of a run, the latest first."""
+    """Return the `checkpoint-N` directories of a run, the latest first."""
     found = [folder for folder in run.iterdir() if folder.is_dir() and step_of(folder) is not None]
     return sorted(found, key=step_of, reverse=True)
 
 
 @contextmanager
 def written_aside(run: Path, name: str, facts: dict) -> Iterator[Path]:
-    """A directory to write the checkpoint `name` into from all ranks; it becomes `run/name`, sealed, at the end.
+    """Enter to get a directory to write the checkpoint `name` into; then it is sealed and renamed to `run/name`.
 
-    What goes wrong while it is written or sealed ends the run in a sentence, on the rank that it happens to, and
-    leaves the earlier checkpoints as they were. All ranks must enter together.
+    All ranks must enter together. An error while it is written or sealed ends the run with a message, on the rank
+    that has it, and leaves the earlier checkpoints as they were.
+
+    Collectives:
+        Two broadcasts, and those of `seal`.
     """
     aside = run / CHECKPOINT_PARTIAL
     from_main(lambda: shutil.rmtree(aside, ignore_errors=True))
@@ -55,19 +58,19 @@ def written_aside(run: Path, name: str, facts: dict) -> Iterator[Path]:
         yield aside
         seal(aside / name, facts)
         from_main(lambda: publish(aside / name, run / name))
-    except UserError as fault:
-        raise UserError(_not_written(run, name, fault)) from None
-    except Exception as fault:
-        if not _of_writing(fault):
+    except UserError as error:
+        raise UserError(_not_written(run, name, error)) from None
+    except Exception as error:
+        if not _of_writing(error):
             raise
-        raise LocalError(_not_written(run, name, fault)) from fault
+        raise LocalError(_not_written(run, name, error)) from error
     finally:
         if is_main():
             shutil.rmtree(aside, ignore_errors=True)
 
 
 def seal(folder: Path, facts: dict) -> None:
-    """Bring every file to disk and write the manifest. Collectives: two gathers of objects and a broadcast."""
+    """Flush every file to disk and write the manifest. Collectives: two broadcasts and a gather of objects."""
     files = from_main(lambda: _files(folder))
     shares = on_all_ranks(lambda: {name: Entry.of(folder / name, flush=True) for name in _share(files)})
     entries = {name: entry for share in shares for name, entry in share.items()}
@@ -75,9 +78,9 @@ def seal(folder: Path, facts: dict) -> None:
 
 
 def publish(sealed: Path, final: Path) -> None:
-    """Rename a sealed checkpoint to its place, and bring the renaming to disk."""
+    """Rename a sealed checkpoint to its place, and flush the renaming to disk."""
     old = final.with_name(f"{REMOVED}{final.name}")
-    if final.exists():  # this step's own, from before the run was resumed at an earlier one
+    if final.exists():  # of the same step, from before the run was resumed at an earlier one
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     sealed.rename(final)
@@ -86,41 +89,51 @@ def publish(sealed: Path, final: Path) -> None:
 
 
 def rotate(run: Path, keep: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints but `keep` (at least one) and the best. For rank 0."""
+    """Remove all but the latest `keep` (at least one) and the best checkpoint. For rank 0."""
     if keep is None:
         return
     for folder in checkpoints(run)[max(1, keep) :]:
         if best is None or folder.resolve() != Path(best).resolve():
-            # renamed first: half of a removed checkpoint must not look like one
+            # renamed first, so that a half-removed checkpoint does not look like one
             doomed = run / f"{REMOVED}{folder.name}"
             shutil.rmtree(doomed, ignore_errors=True)
             shutil.rmtree(folder.rename(doomed), ignore_errors=True)
 
 
-def last_whole(run: Path) -> Path | None:
-    """The latest checkpoint whose files are those that were written. Others are set aside, with a sentence."""
-    for folder in from_main(lambda: checkpoints(run)):
-        fault = damage(folder)
-        if fault is None:
+def last_whole(folders: list[Path]) -> Path | None:
+    """Return the first of these checkpoints whose files are those that were written.
+
+    Those before it are set aside, each with a message. Collectives: those of `damage` for each checkpoint looked at,
+    and a broadcast for each damaged one.
+    """
+    for folder in folders:
+        problem = damage(folder)
+        if problem is None:
             return folder
         kept = from_main(lambda folder=folder: _set_aside(folder))
-        say(f"{folder} is not whole: {fault}; it is now {kept}, and the one before it is taken")
+        say(f"{folder} is not whole: {problem}; it is kept as {kept}, and the checkpoint before it is used")
     return None
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Collectives: two broadcasts and a gather of objects."""
-    manifest = from_main(lambda: Manifest.read(folder))
+    """Return what is wrong with a checkpoint, or None. Collectives: a broadcast and a gather of objects."""
+    manifest, state_problem = from_main(lambda: _read_small_files(folder))
     if isinstance(manifest, str):
         return manifest
     entries = manifest.files
-    shares = on_all_ranks(lambda: {name: entries[name].fault(folder / name) for name in _share(entries)})
-    faults = [f"{name} {fault}" for share in shares for name, fault in share.items() if fault]
-    return faults[0] if faults else from_main(lambda: _state_fault(folder, list(entries)))
+    shares = on_all_ranks(lambda: {name: entries[name].problem(folder / name) for name in _share(entries)})
+    problems = [f"{name} {problem}" for share in shares for name, problem in share.items() if problem]
+    return problems[0] if problems else state_problem
 
 
-def _state_fault(folder: Path, sealed: list[str]) -> str | None:
-    """What is wrong with the files that say where the run stood, though those sealed are those that were written."""
+def _read_small_files(folder: Path) -> tuple[Manifest | str, str | None]:
+    """Return the manifest, or what is wrong with it; and what is wrong with the run's state."""
+    manifest = Manifest.read(folder)
+    return manifest, None if isinstance(manifest, str) else _state_problem(folder, list(manifest.files))
+
+
+def _state_problem(folder: Path, sealed: list[str]) -> str | None:
+    """Return what is wrong with the files that hold the state of the run, or None; they may be anything."""
     try:
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         if type(state.global_step) is not int or step_of(folder) not in (None, state.global_step):
@@ -129,12 +142,12 @@ def _state_fault(folder: Path, sealed: list[str]) -> str | None:
             return f"{TRAINER_STATE_NAME} has no list of what was logged"
     except OSError:
         return f"it has no {TRAINER_STATE_NAME}"
-    except (ValueError, TypeError, RecursionError) as fault:
-        return f"{TRAINER_STATE_NAME} cannot be read ({fault})"
+    except (ValueError, TypeError, RecursionError) as error:
+        return f"{TRAINER_STATE_NAME} cannot be read ({error})"
     try:
         latest = (folder / LATEST).read_text(encoding="utf-8").strip()
         if latest not in {path.name for path in folder.iterdir() if path.is_dir()}:
-            return f"{LATEST} names no directory of it"
+            return f"{LATEST} does not name a directory in it"
     except (OSError, ValueError):
         return f"it has no {LATEST} that can be read"
     needed = (TRAINER_STATE_NAME, LATEST, f"{latest}/{MODEL_STATES}", RNG_STATES)
@@ -143,24 +156,24 @@ def _state_fault(folder: Path, sealed: list[str]) -> str | None:
 
 @contextmanager
 def reading(checkpoint: Path | None) -> Iterator[None]:
-    """Say in a sentence why this checkpoint was not read: it is another model's, or holds more than weights."""
+    """Turn torch's refusal to load this checkpoint into a `LocalError`: another model's, or a pickle with code."""
     try:
         yield
-    except RuntimeError as fault:
-        if "loading state_dict" not in str(fault):
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
             raise
-        first = next((line.strip() for line in str(fault).splitlines()[1:] if line.strip()), "")
-        raise LocalError(f"{checkpoint} is not of this run's model: {first}") from None
-    except UnpicklingError as fault:
-        named = re.search(r"GLOBAL (\S+)", str(fault))
+        first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), "")
+        raise LocalError(f"{checkpoint} is not a checkpoint of this run's model: {first}") from None
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
         raise LocalError(
             f"a file of {checkpoint} asks for {named[1] if named else 'an object'} where tensors and numbers were "
-            "expected, and was not read since that could run any code; go on from a checkpoint that you trust"
+            "expected; it was not loaded, since that could run any code. Resume from a checkpoint that you trust"
         ) from None
 
 
 def facts_of(folder: Path) -> dict:
-    """What the run that wrote a whole checkpoint said of itself."""
+    """Return the facts of the run that wrote a whole checkpoint."""
     return Manifest.read(folder).facts
 
 
@@ -169,7 +182,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _share(files) -> list[str]:
-    """This rank's part of the files to read."""
+    """Return this rank's share of the files to read."""
     return sorted(files)[rank() :: world_size()]
 
 
@@ -179,7 +192,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Bring a directory and all that it holds to disk."""
+    """Flush a directory and all that it holds to disk."""
     for name in _files(folder):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
@@ -207,14 +220,16 @@ def _set_aside(folder: Path) -> str:
     return kept.name
 
 
-def _of_writing(fault: Exception) -> bool:
-    """Whether a file could not be written: torch says so in a RuntimeError, as a lost peer is said in another."""
+def _of_writing(error: Exception) -> bool:
+    """Return whether a file could not be written; torch raises RuntimeError for that, as for a lost peer."""
     writers = ("PytorchStreamWriter", "inline_container", "iostream", "unexpected pos")
-    return isinstance(fault, OSError | SafetensorError) or any(word in str(fault) for word in writers)
+    return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in writers)
 
 
-def _not_written(run: Path, name: str, fault: Exception) -> str:
+def _not_written(run: Path, name: str, error: Exception) -> str:
     earlier = checkpoints(run)
-    stands = f"{earlier[0]} stands, and the same command goes on from it" if earlier else "there is none before it"
-    reason = f"{error_line(fault)}; {shutil.disk_usage(run).free / GIB:.1f} GiB are free there"
+    stands = (
+        f"{earlier[0]} stands, and the same command resumes from it" if earlier else "there is no earlier checkpoint"
+    )
+    reason = f"{error_line(error)}; {shutil.disk_usage(run).free / GIB:.1f} GiB are free there"
     return f"{run / name} could not be written ({reason}): the run stops; {stands}"

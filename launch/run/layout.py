@@ -1,4 +1,4 @@
-"""What a checkpoint has to know of the run that wrote it: how it is laid out over ranks, and its data."""
+"""The facts of a run that its checkpoints keep: its layout over ranks, and its data."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from launch.process.ranks import on_all_ranks
 
 
 def layout(options: SftOptions, args: SftTrainingArguments, data: EncodedData) -> dict:
-    """The facts that go into its manifest. Collectives: one gather of objects. Raises `UserError`."""
+    """Return the facts for a manifest. Raises and collectives: those of `same_everywhere`."""
     replicas = args.world_size // options.tp
     return {
         "tp": options.tp,
@@ -22,11 +22,14 @@ def layout(options: SftOptions, args: SftTrainingArguments, data: EncodedData) -
 
 
 def same_everywhere(digest: Callable[[], str]) -> str:
-    """The digest of the rows. Raises `UserError` if ranks have read other ones, say from other files on each node."""
+    """Return the digest of the rows. Raises `UserError` if ranks have read others, say from other files on each node.
+
+    Collectives: one gather of objects.
+    """
     digests = on_all_ranks(digest)
     if other := [rank for rank, value in enumerate(digests) if value != digests[0]]:
         raise UserError(
-            f"the rows to train on are not the same on all ranks: rank(s) {other} have read others than rank 0; give "
+            f"the training data is not the same on all ranks: rank(s) {other} have read other rows than rank 0; give "
             "every node the same files"
         )
     return digests[0]

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: the size and SHA-256 of every other file in it, and facts of the run that wrote it.
 
-It may come from somebody else, so it is held to its types, and to files inside of the checkpoint.
+It may come from somebody else, so its types are checked, and that its files are inside the checkpoint.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ MANIFEST = "manifest.json"
 def _inside(name: str) -> str:
     path = PurePath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError("names no file inside")
+        raise ValueError("does not name a file inside")
     return name
 
 
 class Entry(BaseModel):
-    """What one file is known by."""
+    """Size and digest of one file."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     bytes: NonNegativeInt
@@ -30,23 +30,23 @@ class Entry(BaseModel):
 
     @classmethod
     def of(cls, path: Path, flush: bool = False) -> "Entry":
-        """Of a file as it is now, brought to disk with `flush`. Raises `OSError`."""
+        """Read a file as it is now; `flush`: flush it to disk. Raises `OSError`."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if flush:
                 os.fsync(file.fileno())
         return cls(bytes=path.stat().st_size, sha256=digest)
 
-    def fault(self, path: Path) -> str | None:
-        """How the file at `path` differs, or None."""
+    def problem(self, path: Path) -> str | None:
+        """Return how the file at `path` differs, or None."""
         try:
             if not path.is_file():
-                return "is no file" if path.exists() else "is gone"
+                return "is not a file" if path.exists() else "is missing"
             if (size := path.stat().st_size) != self.bytes:
                 return f"has {size} bytes where {self.bytes} were written"
-            return None if Entry.of(path) == self else "does not hold what was written"
-        except OSError as fault:
-            return f"cannot be read ({fault.strerror})"
+            return None if Entry.of(path) == self else "has other contents than were written"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
 
 
 class Manifest(BaseModel):
@@ -58,7 +58,7 @@ class Manifest(BaseModel):
     digest: str = ""
 
     def write(self, folder: Path) -> None:
-        """Seal it and bring it to disk. Raises `OSError`."""
+        """Seal it and flush it to disk. Raises `OSError`."""
         self.digest = self._sealed()
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(self.model_dump(), file, indent=1)
@@ -67,15 +67,15 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | str":
-        """That of a checkpoint, or what is wrong with it."""
+        """Return the manifest of a checkpoint, or what is wrong with it."""
         try:
             manifest = cls.model_validate_json((folder / MANIFEST).read_bytes())
         except FileNotFoundError:
             return f"it has no {MANIFEST}"
-        except OSError as fault:
-            return f"{MANIFEST} cannot be read ({fault.strerror})"
-        except ValidationError as fault:
-            first = fault.errors()[0]
+        except OSError as error:
+            return f"{MANIFEST} cannot be read ({error.strerror})"
+        except ValidationError as error:
+            first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "it"
             return f"{MANIFEST} cannot be read ({place}: {first['msg']})"
         if manifest.digest != manifest._sealed():

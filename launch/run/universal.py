@@ -16,25 +16,25 @@ LAYOUT = {"tp": "tensor parallelism", "data_parallel": "data-parallel ranks", "z
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """What of the layout differs so that a checkpoint must be converted; without ZeRO, data parallelism does not.
+    """Return what of the layout differs, so that a checkpoint must be converted; not by dp alone without ZeRO.
 
-    Raises `UserError` for anything but ZeRO 1 and 2. Without ZeRO there is no state that DeepSpeed could convert, and
-    what 0.19.8 makes of ZeRO 3 (from two data-parallel ranks to one) does not go on where it was: the loss is 1e-4
-    off after two steps and 4e-3 after five.
+    Raises `UserError` for anything but ZeRO 1 and 2. Without ZeRO there is no state that DeepSpeed could convert.
+    What DeepSpeed 0.19.8 converts from ZeRO 3 (two data-parallel ranks to one) resumes with another state: the loss
+    is 1e-4 off after two steps and 4e-3 after five.
     """
     if before["zero"] == now["zero"] == 0 and before["tp"] == now["tp"]:
         return []
     found = [f"{words} {before[key]} -> {now[key]}" for key, words in LAYOUT.items() if before[key] != now[key]]
     if found and not {before["zero"], now["zero"]} <= {1, 2}:
         raise UserError(
-            f"a checkpoint of ZeRO {before['zero']} cannot go on as was asked ({', '.join(found)}): only those of "
-            "ZeRO 1 and 2 go on under another layout; start it as it was"
+            f"a checkpoint of ZeRO {before['zero']} cannot be resumed under another layout ({', '.join(found)}); "
+            "only checkpoints of ZeRO 1 and 2 can, under ZeRO 1 or 2; keep the layout"
         )
     return found
 
 
 def convert(checkpoint: Path, run: Path) -> Path:
-    """A directory in `run` from which any layout can go on; for rank 0. It holds the optimizer's state in fp32.
+    """Make a directory in `run` that any layout can resume from, with the optimizer's state in fp32. For rank 0.
 
     Raises `UserError` if DeepSpeed cannot convert it: a layer whose shards it cannot put together.
     """
@@ -49,19 +49,19 @@ def convert(checkpoint: Path, run: Path) -> Path:
     args = Namespace(
         input_folder=str(source),
         output_folder=str(target),
-        num_extract_workers=1,  # in this process: others would read pickles unguarded
+        num_extract_workers=1,  # in this process: others would load pickles unguarded
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=True,
     )
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             ds_to_universal.main(args)
-    except Exception as fault:
+    except Exception as error:
         raise UserError(
-            f"{checkpoint} cannot be converted to another layout over ranks: {error_line(fault)}"
-        ) from fault
+            f"{checkpoint} cannot be converted to another layout over ranks: {error_line(error)}"
+        ) from error
     (folder / "latest_universal").write_text(target.name)
     return folder

@@ -31,6 +31,10 @@ def write(run, step: int):
     return run / name
 
 
+def last_whole(run):
+    return checkpoints.last_whole(checkpoints.checkpoints(run))
+
+
 @pytest.fixture
 def run(tmp_path):
     for step in (9, 10, 100):  # in the order of numbers, not of letters
@@ -39,7 +43,7 @@ def run(tmp_path):
 
 
 def test_the_last_one_is_taken_and_knows_its_run(run):
-    last = checkpoints.last_whole(run)
+    last = last_whole(run)
     assert last == run / "checkpoint-100"
     assert checkpoints.facts_of(last) == FACTS
     assert not (run / CHECKPOINT_PARTIAL).exists()
@@ -145,7 +149,7 @@ DAMAGES |= {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, damage, capsys):
     damage(run / "checkpoint-100")
-    assert checkpoints.last_whole(run) == run / "checkpoint-10"
+    assert last_whole(run) == run / "checkpoint-10"
     said = capsys.readouterr().out
     assert "checkpoint-100 is not whole" in said and "damaged-checkpoint-100" in said
     assert (run / "damaged-checkpoint-100").is_dir() and not (run / "checkpoint-100").exists()
@@ -154,7 +158,7 @@ def test_a_damaged_one_is_said_and_the_one_before_is_taken(run, damage, capsys):
 def test_every_damaged_one_is_kept(run):
     for _ in range(3):
         flip(run / "checkpoint-100/state.json", 0)
-        assert checkpoints.last_whole(run) == run / "checkpoint-10"
+        assert last_whole(run) == run / "checkpoint-10"
         write(run, 100)
     names = ["damaged-checkpoint-100", "damaged-checkpoint-100.1", "damaged-checkpoint-100.2"]
     assert sorted(path.name for path in run.glob("damaged-*")) == names
@@ -174,7 +178,7 @@ def test_every_file_is_brought_to_disk_before_the_renaming(run, monkeypatch):
 
 def test_a_file_that_somebody_added_is_no_damage(run):
     (run / "checkpoint-100/notes.txt").write_text("the good one")
-    assert checkpoints.last_whole(run) == run / "checkpoint-100"
+    assert last_whole(run) == run / "checkpoint-100"
 
 
 def test_only_plain_numbers_are_steps(run):
@@ -186,14 +190,14 @@ def test_only_plain_numbers_are_steps(run):
 def test_none_is_left(run):
     for step in (9, 10, 100):
         (run / f"checkpoint-{step}" / "manifest.json").unlink()
-    assert checkpoints.last_whole(run) is None
+    assert last_whole(run) is None
 
 
 def test_a_kill_between_any_two_writes_leaves_the_earlier_one(run):
     """What a killed writer leaves lies aside, whatever it holds, and is no checkpoint."""
     shutil.copytree(run / "checkpoint-100", run / CHECKPOINT_PARTIAL / "checkpoint-200")
-    assert checkpoints.last_whole(run) == run / "checkpoint-100"
-    assert write(run, 200) == checkpoints.last_whole(run)
+    assert last_whole(run) == run / "checkpoint-100"
+    assert write(run, 200) == last_whole(run)
 
 
 def test_a_step_done_again_replaces_its_checkpoint(run):
@@ -212,7 +216,7 @@ def test_a_full_disk_is_said_and_the_earlier_one_stands(run):
             write(run, 200)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoints.last_whole(run) == run / "checkpoint-100"
+    assert last_whole(run) == run / "checkpoint-100"
     assert not (run / CHECKPOINT_PARTIAL).exists()
 
 
@@ -225,7 +229,7 @@ def test_a_full_disk_while_sealing(run, monkeypatch):
         Exception, match=r"(?s)checkpoint-200 could not be written.*No space left.*checkpoint-100 stands"
     ):
         write(run, 200)
-    assert checkpoints.last_whole(run) == run / "checkpoint-100"
+    assert last_whole(run) == run / "checkpoint-100"
 
 
 def test_errors_of_the_computation_are_not_taken_for_a_full_disk(run):
@@ -250,7 +254,7 @@ def test_rotation_keeps_the_best(run):
 
 def test_rotation_passes_a_damaged_one_that_was_kept(run):
     flip(run / "checkpoint-100/state.json", 0)
-    assert checkpoints.last_whole(run) == run / "checkpoint-10"
+    assert last_whole(run) == run / "checkpoint-10"
     for step in (100, 110, 120):
         write(run, step)
         checkpoints.rotate(run, 2, best=None)

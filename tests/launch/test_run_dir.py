@@ -1,4 +1,4 @@
-"""Which directory a run gets, and what it refuses to go on with."""
+"""Which directory a run gets, and what it refuses to resume."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import yaml
 from launch.common.errors import UserError
 from launch.run import checkpoints
 from launch.run.directory import open_run
-from tests.support.ranks import Ranks
 from tests.support.processes import ROOT
+from tests.support.ranks import Ranks
 
 RECIPE = {"learning_rate": 0.01, "data": "train.jsonl", "logging_steps": 1, "max_steps": 8}
 FACTS = {"tp": 1, "data_parallel": 2, "zero": 1, "rows_a_step": 8, "data": "abc"}
@@ -48,10 +48,10 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "runs/0002/recipe.yaml").read_text()) == RECIPE
 
 
-def test_the_same_command_goes_on(run, capsys):
+def test_the_same_command_resumes(run, capsys):
     again = open_run(str(run), RECIPE, None, FACTS)
     assert again.checkpoint == run / "checkpoint-4" and not again.finished
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
@@ -94,7 +94,7 @@ def write_model(run) -> None:
 def test_half_a_model_is_not_taken_for_a_finished_run(run, torn):
     write_model(run)
     (run / "model" / torn).unlink()
-    with pytest.raises(UserError, match=r"run/model is no whole model .* remove it"):
+    with pytest.raises(UserError, match=r"run/model is not a complete model .* remove it"):
         open_run(str(run), RECIPE, None, FACTS)
     assert (run / "model").is_dir()
 
@@ -117,9 +117,13 @@ REFUSED = {
     "a key more": (RECIPE | {"z_loss": 0.1}, FACTS, "z_loss: None before, 0.1 now"),
     "a key less": ({"data": "train.jsonl"}, FACTS, "learning_rate: 0.01 before, None now"),
     "another file of data": (RECIPE | {"data": "other.jsonl"}, FACTS, "data: train.jsonl before, other.jsonl now"),
-    "other rows in the same file": (RECIPE, FACTS | {"data": "xyz"}, "rows to train on are not those"),
-    "from ZeRO 1 to 3": (RECIPE, FACTS | {"zero": 3}, "ZeRO 1 cannot go on as was asked .ZeRO stage 1 -> 3"),
-    "ZeRO 3 on fewer ranks": (RECIPE, FACTS | {"zero": 3, "data_parallel": 1}, "only those of ZeRO 1 and 2"),
+    "other rows in the same file": (RECIPE, FACTS | {"data": "xyz"}, "training data differs from the data of"),
+    "from ZeRO 1 to 3": (
+        RECIPE,
+        FACTS | {"zero": 3},
+        "ZeRO 1 cannot be resumed under another layout .ZeRO stage 1 -> 3",
+    ),
+    "ZeRO 3 on fewer ranks": (RECIPE, FACTS | {"zero": 3, "data_parallel": 1}, "only checkpoints of ZeRO 1 and 2"),
     "from ZeRO 1 to 0": (RECIPE, FACTS | {"zero": 0}, "ZeRO stage 1 -> 0"),
     "other rows a step": (RECIPE, FACTS | {"rows_a_step": 16}, "8 rows a step, and this run would take 16"),
 }
@@ -133,7 +137,7 @@ def test_another_run_is_refused_and_nothing_is_touched(run, recipe, facts, words
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_mended_recipe_starts_anew_where_nothing_was_trained(run, capsys):
+def test_a_corrected_recipe_starts_anew_where_nothing_was_trained(run, capsys):
     shutil.rmtree(run / "checkpoint-4")
     assert open_run(str(run), RECIPE | {"learning_rate": 0.02}, None, FACTS).checkpoint is None
     assert yaml.safe_load((run / "recipe.yaml").read_text())["learning_rate"] == 0.02
@@ -155,7 +159,9 @@ def test_nothing_is_written_through_a_symbolic_link(run, tmp_path, name, leads_t
         elsewhere.write_text("all of it")
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(elsewhere)
-    with pytest.raises(UserError, match=rf"symbolic links where a run writes \({re.escape(name)}\)|no whole model"):
+    with pytest.raises(
+        UserError, match=rf"symbolic links where a run writes \({re.escape(name)}\)|not a complete model"
+    ):
         open_run(str(run), RECIPE, None, FACTS)
     assert (run / name).is_symlink()
     texts = [path.read_text() for path in (elsewhere, elsewhere / "thesis.tex") if path.is_file()]
@@ -169,7 +175,7 @@ def test_a_model_that_was_moved_to_where_there_is_room(run, tmp_path):
     assert open_run(str(run), RECIPE, None, FACTS).finished
 
 
-def test_a_checkpoint_that_lies_elsewhere_is_gone_on_with(run, tmp_path):
+def test_a_run_resumes_from_a_checkpoint_that_lies_elsewhere(run, tmp_path):
     (run / "checkpoint-4").rename(tmp_path / "kept")
     (run / "checkpoint-4").symlink_to(tmp_path / "kept")
     assert open_run(str(run), RECIPE, None, FACTS).checkpoint == run / "checkpoint-4"
@@ -183,7 +189,7 @@ def test_a_file_is_no_directory(tmp_path):
 
 def test_somebody_elses_directory_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="no run of this recipe"):
+    with pytest.raises(UserError, match="not a run's"):
         open_run(str(tmp_path), RECIPE, None, FACTS)
 
 
@@ -233,7 +239,7 @@ def test_a_checkpoint_of_another_version(run):
     facts = {key: value for key, value in FACTS.items() if key != "data"}
     (run / "checkpoint-4" / "manifest.json").unlink()
     checkpoints.seal(run / "checkpoint-4", facts)
-    with pytest.raises(UserError, match=r"does not say its data.*another version"):
+    with pytest.raises(UserError, match=r"does not name its data.*another version"):
         open_run(str(run), RECIPE, None, FACTS)
 
 
@@ -263,3 +269,24 @@ def test_a_rank_that_does_not_see_the_directory(tmp_path):
         ranks.close()
     assert [outcome.error for outcome in outcomes] == ["UserError"] * 2
     assert all("rank 1 on " in outcome.message and "all nodes share" in outcome.message for outcome in outcomes)
+
+
+def count_collectives(run: str) -> int:
+    os.environ["RANK"] = str(dist.get_rank())
+    counts = []
+    broadcast, gather = dist.broadcast_object_list, dist.all_gather_object
+    dist.broadcast_object_list = lambda *args, **kwargs: (counts.append(1), broadcast(*args, **kwargs))
+    dist.all_gather_object = lambda *args, **kwargs: (counts.append(1), gather(*args, **kwargs))
+    try:
+        open_run(run, RECIPE, None, FACTS)
+    finally:
+        dist.broadcast_object_list, dist.all_gather_object = broadcast, gather
+    return len(counts)
+
+
+def test_opening_takes_few_collectives(run, tmp_path):
+    with Ranks(2) as ranks:
+        assert ranks.run(count_collectives, str(tmp_path / "fresh"), time_limit=120) == [3, 3]
+        assert ranks.run(count_collectives, str(shutil.copytree(run, tmp_path / "resumed")), time_limit=120) == [5, 5]
+        write_model(tmp_path / "resumed")
+        assert ranks.run(count_collectives, str(tmp_path / "resumed"), time_limit=120) == [2, 2]

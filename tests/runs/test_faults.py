@@ -59,7 +59,7 @@ def fault(folder: Path, output: str, steps: int, strike, values=LAYOUT, start=No
 def test_a_killed_rank(folder, untouched):
     launch = fault(folder, "killed", 5, lambda launch: launch.ranks()[1].kill())
     assert "rank(s) [1] are gone" in launch.said() or "another rank is gone" in launch.said()
-    assert "going on from" in go_on(folder, "killed")
+    assert "resuming from" in go_on(folder, "killed")
     assert weights(folder / "killed") == untouched
 
 
@@ -113,7 +113,7 @@ def test_sigterm_during_the_evaluation_before_the_first_step(folder):
         assert launch.gone() is not None, f"still there: {launch.processes()}"
     finally:
         launch.end()
-    assert "stopped before the first step; nothing is lost" in launch.said() and "Traceback" not in launch.said()
+    assert "stopped before the first step; no progress was lost" in launch.said() and "Traceback" not in launch.said()
     assert not checkpoints(folder / "evaluating-first")
 
 

@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_model_is_refused(runs):
     other = write_model(runs / "other", tied=True, hidden_size=32)
     given = {"model": other, "resume_from_checkpoint": runs / name(ALONE) / "checkpoint-3"}
     said = launch_many(runs, 1, [command(runs, ALONE, "another-model", **given)], code=1)
-    assert "is not of this run's model" in said and "size mismatch" in said and "Traceback" not in said
+    assert "is not a checkpoint of this run's model" in said and "size mismatch" in said and "Traceback" not in said
 
 
 def test_every_dropped_row_is_named_in_a_file(runs):

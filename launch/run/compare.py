@@ -1,0 +1,69 @@
+"""Whether a start of a run is of the same run as what its directory holds: the recipe, and a checkpoint's facts."""
+
+from pathlib import Path
+
+import yaml
+
+from launch.common.errors import UserError
+from launch.common.paths import RECIPE
+from launch.process.ranks import say
+from launch.run import universal
+
+# Keys that may change from one start of a run to the next: what it shows and keeps, how far it goes, and how the same
+# computation is laid out over ranks (`check_facts` compares that).
+# fmt: off
+FREE = {
+    "logging_steps", "report_to", "samples", "run_name", "disable_tqdm", "log_level",
+    "eval_steps", "eval_strategy", "eval_on_start", "do_eval", "per_device_eval_batch_size",
+    "save_steps", "save_strategy", "save_total_limit", "resume_from_checkpoint", "stall_timeout", "on_nonfinite",
+    "max_steps", "num_train_epochs",
+    "tp", "zero", "offload", "deepspeed", "head", "chunk_bytes", "gradient_checkpointing",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "dataloader_num_workers", "dataloader_prefetch_factor",
+}
+# fmt: on
+
+
+def check_recipe(path: Path, recipe: dict) -> None:
+    """Raise `UserError` if the run in `path` has another recipe; print which free keys have changed."""
+    try:
+        before = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+        changed = {key for key in before.keys() | recipe.keys() if before.get(key) != recipe.get(key)}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{path / RECIPE} cannot be read ({error}); name another --output_dir") from None
+    lines = {key: f"{key}: {before.get(key)} before, {recipe.get(key)} now" for key in sorted(changed)}
+    if other := [line for key, line in lines.items() if key not in FREE]:
+        raise UserError(
+            f"--output_dir {path} holds a run of another recipe; use its own, or name another directory:\n  "
+            + "\n  ".join(other)
+        )
+    for line in lines.values():
+        say(f"changed since {path} was started: {line}")
+
+
+def check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:
+    """Compare the facts in a checkpoint's manifest with those of this start.
+
+    Returns:
+        What has changed of the layout over ranks, for which the checkpoint has to be converted.
+
+    Raises:
+        UserError: This run cannot resume from the checkpoint.
+    """
+    if missing := facts.keys() - before.keys():
+        raise UserError(
+            f"{checkpoint} does not name its {', '.join(sorted(missing))}: it was written by another version of this "
+            "project; resume with that version, or name another --output_dir"
+        )
+    if before["data"] != facts["data"]:
+        raise UserError(
+            f"the training data differs from the data of {checkpoint} (--data or the tokenizer has changed); restore "
+            "it, or start with a new --output_dir"
+        )
+    if before["rows_a_step"] != facts["rows_a_step"]:
+        raise UserError(
+            f"{checkpoint} was written with {before['rows_a_step']} rows a step, and this run would take "
+            f"{facts['rows_a_step']}; change --per_device_train_batch_size or --gradient_accumulation_steps so that "
+            "rows x accumulation x data-parallel ranks stay the same"
+        )
+    return universal.changes(before, facts)
