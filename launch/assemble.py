@@ -18,7 +18,7 @@ from launch.model.load import load_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, start_alone, world_size
 from launch.process.signals import StopOnSignal
-from launch.process.startup_errors import Starting
+from launch.process.startup_errors import StartupErrors
 from launch.process.watchdog import Watchdog
 from launch.run.directory import Run
 from launch.training.engine import EngineReady, SamplerEpoch
@@ -37,8 +37,8 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
     defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs"}
     try:
         args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
-    except (ValueError, TypeError, ImportError, NotImplementedError) as fault:
-        raise UserError(str(fault)) from None
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise UserError(str(error)) from None
     check_arguments(args)
     say(
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
@@ -48,14 +48,17 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
 
 
 def check_arguments(args: SftTrainingArguments) -> None:
-    """What would otherwise end in a traceback after data and model are loaded."""
+    """Raise `UserError` for what would otherwise fail after data and model are loaded."""
     if args.hf_deepspeed_config.mismatches:
         lines = "\n".join(args.hf_deepspeed_config.mismatches)
-        raise UserError(f'the DeepSpeed file says other values than the recipe; set them to "auto" there:\n{lines}')
+        raise UserError(f'the DeepSpeed file has other values than the recipe; set them to "auto" there:\n{lines}')
     if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
         raise UserError("--save_strategy best needs evaluations, and --eval_strategy is no; nothing would be saved")
     if not args.accelerator_config.use_seedable_sampler:
-        raise UserError("--accelerator_config use_seedable_sampler false: a run that goes on would take other rows")
+        raise UserError(
+            "--accelerator_config use_seedable_sampler=false is not supported: a resumed run would read different "
+            "rows"
+        )
     if args.use_cpu and uses_gpu():
         raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
     if args.fp16 and not get_accelerator().is_fp16_supported():
@@ -70,7 +73,7 @@ def make_trainer(
     run: Run,
     facts: dict,
     watchdog: Watchdog,
-    starting: Starting,
+    starting: StartupErrors,
 ) -> SftTrainer:
     """Make a Trainer of the model; its loss is installed once DeepSpeed has sharded the model."""
     args.output_dir = str(run.path)
@@ -112,7 +115,7 @@ def train_sampler(args: SftTrainingArguments, data: EncodedData, rows_a_step: in
     return GroupedByLength(rows_a_step, [len(ids) for ids in data.train["input_ids"]], seed)
 
 
-def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: Starting) -> None:
+def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErrors) -> None:
     """Add all callbacks. The order of those before `milestones` does not matter; Trainer's own are the first."""
     for unused in (ProgressCallback, PrinterCallback):
         trainer.pop_callback(unused)

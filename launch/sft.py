@@ -35,7 +35,7 @@ from launch.preflight.checks import check_run
 from launch.process.exit import run_to_its_end
 from launch.process.ranks import ensure_environment, from_main, say, say_log
 from launch.process.signals import Stopped
-from launch.process.startup_errors import Starting
+from launch.process.startup_errors import StartupErrors
 from launch.process.watchdog import Watchdog
 from launch.run.checkpoints import reading
 from launch.run.directory import Run, open_run
@@ -57,12 +57,12 @@ def main(argv: list[str]) -> None:
     facts = layout(options, args, data)
     run = open_run(training_values.get("output_dir"), recipe, args.resume_from_checkpoint, facts)
     if run.finished:
-        say(f"{run.path} is finished: its model is in {run.path / MODEL}. To train on, move that away")
+        say(f"{run.path} is finished: its model is in {run.path / MODEL}. To train further, move the model away")
         return
     say(f"run: {run.path}")
     name_dropped(data.report, run.path / DROPPED)
     with Watchdog(options.stall_timeout) as watchdog:
-        with Starting(run.path) as starting:
+        with StartupErrors(run.path) as starting:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting)
             train(trainer, run)
         write_samples(trainer, tokenizer, data.heldout, options.samples)
@@ -80,7 +80,7 @@ def train(trainer: SftTrainer, run: Run) -> None:
     step = trainer.state.global_step
     if stop.signal and (step < trainer.state.max_steps or trainer.milestones.evaluation_owed):
         raise Stopped(
-            stop.signal, f"stopped after step {step}; the same command with --output_dir {run.path} goes on"
+            stop.signal, f"stopped after step {step}; the same command with --output_dir {run.path} resumes the run"
         )
 
 
@@ -88,13 +88,13 @@ def check_progress(trainer: SftTrainer, run: Run) -> None:
     """Raise `UserError` if there was nothing to train, or the run was past its end already."""
     step, last = trainer.state.global_step, trainer.state.max_steps
     if step == 0:
-        raise UserError("not one step was made: there are fewer rows than a step takes (--dataloader_drop_last)")
+        raise UserError("no step was made: there are fewer rows than a step takes (--dataloader_drop_last)")
     if step > last:
-        raise UserError(f"{run.checkpoint} is past --max_steps {last}; give more, or name another --output_dir")
+        raise UserError(f"{run.checkpoint} is past --max_steps {last}; raise it, or name another --output_dir")
 
 
 def name_dropped(report: DropReport, file: Path) -> None:
-    """Every row that was dropped or shortened, in a file of the run."""
+    """Write every row that was dropped or shortened to a file of the run."""
     from_main(lambda: write_whole(file, report.lines()))
     if len(report):
         say(f"  every dropped row is named in {file}")

@@ -19,7 +19,7 @@ from launch.common.messages import error_line, shortened, typed_error_line
 from launch.config.options import SftOptions
 from launch.data.train_tokenizer import train_tokenizer
 from launch.model.build import build_model
-from launch.process.exit import has_its_sentence
+from launch.process.exit import has_one_line
 from launch.process.ranks import say
 from smoothing.install import causal_lm, check_model
 
@@ -81,7 +81,7 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     except StrictDataclassError as fault:
         raise UserError(f"--model {options.model}: its config.json: {error_line(fault)}") from None
     except Exception as fault:  # whatever its files make a library stumble over
-        if has_its_sentence(fault) and not isinstance(fault, OSError | SafetensorError):
+        if has_one_line(fault) and not isinstance(fault, OSError | SafetensorError):
             raise
         raise UserError(f"--model {options.model} could not be loaded: {typed_error_line(fault)}") from None
     _check_loaded(options.model, found)

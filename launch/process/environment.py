@@ -1,4 +1,4 @@
-"""What has to be said to torch and the libraries above it before they are imported."""
+"""What has to be set before torch and the libraries above it are imported."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ import warnings
 
 
 def share_cores() -> None:
-    """Threads that wait give up their core. Spinning, the default, costs a run on shared cores most of its speed.
+    """Make waiting threads give up their core. Spinning, the default, costs a run on shared cores most of its speed.
 
     Measured on two cores with two other busy processes: a training step of the default model takes 8.3 s spinning,
     2.0 s waiting.
@@ -16,13 +16,13 @@ def share_cores() -> None:
 
 
 def keep_quiet() -> None:
-    """Errors and this project's own words only; no progress bars into a file."""
+    """Silence libraries except for errors; no progress bars into a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else pages of C++ frames once another rank is gone
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else pages of C++ frames once another rank has exited
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every accumulation, which DeepSpeed does
-    # said by torch about DeepSpeed's calls, and by accelerate about the threads that ensure_environment sets
+    # warnings of torch about DeepSpeed's calls, and of accelerate about the threads that ensure_environment sets
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
     if not sys.stderr.isatty():

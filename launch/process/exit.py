@@ -1,4 +1,4 @@
-"""How a process of a run ends: exit codes, sentences for mistakes and mishaps, and nobody left waiting."""
+"""How a process of a run ends: its exit code, a one-line error where that says enough, and no rank left waiting."""
 
 import atexit
 import os
@@ -17,7 +17,7 @@ from launch.process.ranks import is_main, leave, rank
 from launch.process.signals import Stopped
 from smoothing import UnsupportedModel
 
-# What gloo, NCCL and the store say to the ranks that outlive another.
+# Parts of the errors that gloo, NCCL and the store raise on a rank when another one has exited.
 PEER_LOST = (
     "gloo/transport",
     "Connection closed by peer",
@@ -29,44 +29,44 @@ PEER_LOST = (
     "remote process exited",
     "communicator was aborted",
 )
-ALIKE_SECONDS = 3.0  # until the launcher has ended a rank, where another one ended first
-NO_MEMORY = "DefaultCPUAllocator: "  # what torch says on a CPU
+ALIKE_SECONDS = 3.0  # in which the launcher ends this rank if another one exited first
+NO_MEMORY = "DefaultCPUAllocator: "  # in torch's error on a CPU
 LESS_MEMORY = (
-    "what takes less: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
+    "to use less: a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
     "--gradient_checkpointing true, more --tp or a higher --zero; `--sanity` estimates it"
 )
 
 
 def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """`main(argv)`, then the end: 0 when it is done, 2 after a mistake, 1 after a mishap, 128 + n after signal n.
+    """Run `main(argv)` and exit: 0 on success, 2 after a `UserError`, 1 after another error, 128 + n after signal n.
 
-    The process leaves at once, without destructors. After a mishap another rank may be in a collective, and the
-    launcher ends the others when it sees this one gone; and where all is done, threads of libraries that Python takes
-    down in the middle of their C++ would now and then abort what has succeeded.
+    The process exits at once, without destructors. After an error another rank may wait in a collective, and the
+    launcher ends the others when it sees this one exit; and after success, library threads that Python stops inside
+    their C++ would now and then abort the process.
     """
     code = 1
     try:
         main(argv)
         leave()
         code = 0
-        atexit._run_exitfuncs()  # what trackers finish their runs with
+        atexit._run_exitfuncs()  # experiment trackers finish their runs there
     except Stopped as stop:
         code = stop.code
         _tell(str(stop), everywhere=False)
-    except UserError as fault:
+    except UserError as error:
         code = 2
-        _tell_mistake(str(fault))
-    except UnsupportedModel as fault:
+        _tell_user_error(str(error))
+    except UnsupportedModel as error:
         code = 2
-        _tell_mistake(f"{fault} (the flag is --head)")
-    except LocalError as fault:
-        _tell(f"error: rank {rank()}: {fault}", everywhere=True)
+        _tell_user_error(f"{error} (the flag is --head)")
+    except LocalError as error:
+        _tell(f"error: rank {rank()}: {error}", everywhere=True)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except Exception as fault:
-        if sentence := _mishap(fault):
+    except Exception as error:
+        if sentence := _environment_problem(error):
             _tell(sentence, everywhere=True)
-            if _peer_lost(fault):
+            if _peer_lost(error):
                 time.sleep(ALIKE_SECONDS)
         else:
             traceback.print_exc()
@@ -75,31 +75,34 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
     os._exit(code)
 
 
-def has_its_sentence(fault: Exception) -> bool:
-    """Whether `run_to_its_end` says more of it than a traceback would."""
-    return isinstance(fault, Stopped | UserError | UnsupportedModel | LocalError) or _mishap(fault) is not None
+def has_one_line(error: Exception) -> bool:
+    """Return whether `run_to_its_end` reports this error in one line instead of a traceback."""
+    return (
+        isinstance(error, Stopped | UserError | UnsupportedModel | LocalError)
+        or _environment_problem(error) is not None
+    )
 
 
-def _mishap(fault: Exception) -> str | None:
-    """What to say of an error that is nobody's mistake here, or None."""
-    text = str(fault)
-    if isinstance(fault, OSError | SafetensorError):
+def _environment_problem(error: Exception) -> str | None:
+    """Return a line for an error of files, memory or another rank, which has no cause in the flags; else None."""
+    text = str(error)
+    if isinstance(error, OSError | SafetensorError):
         return f"error: rank {rank()}: a file could not be read or written: {text}"
-    if isinstance(fault, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in text:
-        return f"error: rank {rank()} has no memory left ({error_line(fault)}); {LESS_MEMORY}"
-    if _peer_lost(fault):
-        reason = error_line(fault, 200)
-        return f"rank {rank()}: another rank is gone, this one stops; what it said stands above (seen here: {reason})"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in text:
+        return f"error: rank {rank()} has no memory left ({error_line(error)}); {LESS_MEMORY}"
+    if _peer_lost(error):
+        reason = error_line(error, 200)
+        return f"rank {rank()}: another rank exited, so this rank stops; see that rank's error above (here: {reason})"
     return None
 
 
-def _peer_lost(fault: Exception) -> bool:
-    """Whether another rank's end is what this one saw: the exit code is to be that one's."""
-    return any(words in str(fault) for words in PEER_LOST)
+def _peer_lost(error: Exception) -> bool:
+    """Return whether this error is only that another rank exited; the exit code should be that rank's."""
+    return any(words in str(error) for words in PEER_LOST)
 
 
-def _tell_mistake(text: str) -> None:
-    """On rank 0; on another one if it lives on, since then rank 0 did not make the mistake too."""
+def _tell_user_error(text: str) -> None:
+    """Print on rank 0; on another rank only if it is still alive, since rank 0 then did not have the same error."""
     if not is_main():
         time.sleep(ALIKE_SECONDS)
     _tell(f"error: {text}" if is_main() else f"error: rank {rank()}: {text}", everywhere=True)

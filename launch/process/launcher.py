@@ -1,7 +1,7 @@
-"""The processes that started this one as a rank: once they are gone, it stops as on SIGTERM.
+"""Stops this rank as on SIGTERM once the processes that started it have exited.
 
-`deepspeed` on one node does not pass SIGTERM on, and its ranks would train on with nobody to end them. They are noted
-before anything slow is imported, since afterwards it may be too late to see who they were.
+`deepspeed` on one node does not pass SIGTERM on, and its ranks would train on with no process to end them. Which
+processes they are is found out before anything slow is imported; afterwards they may have exited already.
 """
 
 import base64
@@ -20,7 +20,7 @@ LOOK_SECONDS = 1.0
 
 
 def follow_launcher() -> None:
-    """Watch the launcher from now on, in a thread; nothing for a process that nobody started as a rank."""
+    """Watch the launcher from now on, in a thread, if this process was started as a rank."""
     if "RANK" not in psutil.Process().environ():  # as it was when this process began
         return
     launchers, orphan = _launchers()
@@ -36,7 +36,7 @@ def _follow(launchers: list[int], orphan: bool) -> None:
 
 
 def _launchers() -> tuple[list[int], bool]:
-    """The process that started this one, and deepspeed's own above it; whether the latter is gone already."""
+    """Return the process that started this one and deepspeed's above it, and whether the latter has exited."""
     found, local = [], False
     for process in psutil.Process().parents():
         words = []
@@ -51,7 +51,7 @@ def _launchers() -> tuple[list[int], bool]:
 
 
 def _starts_one_node(words: list[str]) -> bool:
-    """Whether this is the process that `deepspeed` has on a node to start its ranks, and the node is the only one."""
+    """Return whether this is the process with which `deepspeed` starts the ranks of a node, and the only node."""
     for word in words:
         if word.startswith("--world_info="):
             with suppress(ValueError):
@@ -60,7 +60,7 @@ def _starts_one_node(words: list[str]) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this host still runs; a zombie, whose parent has not looked yet, does not."""
+    """Return whether a process of this host still runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state not in "ZX"

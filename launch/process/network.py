@@ -1,4 +1,4 @@
-"""What the ranks of a run talk over: gloo's interface, and how long a collective waits for a rank."""
+"""The network between the ranks: gloo's interface, and how long a collective waits for a rank."""
 
 import ipaddress
 import os
@@ -12,16 +12,16 @@ import psutil
 from launch.common.library_patches import set_collective_timeout
 
 INTERFACES = Path("/sys/class/net")
-PATIENCE, FOR_EVER = timedelta(hours=2), timedelta(weeks=52)
+TIMEOUT, FOREVER = timedelta(hours=2), timedelta(weeks=52)
 DISCARD = 9  # a port; nothing is sent to it
-ELSEWHERE = "192.0.2.1"  # nobody's (RFC 5737), so that the way there is the way out
+ELSEWHERE = "192.0.2.1"  # reserved for documents (RFC 5737), so that the route there is the default route
 
 
 def choose_interface(one_machine: bool) -> None:
-    """Where all ranks are on this machine gloo listens on its loopback alone, else where the other nodes are.
+    """Make gloo listen on the loopback alone if all ranks are on this machine, else on the interface to other nodes.
 
-    By itself gloo takes the address that the host's name stands for, which on many machines is one of the loopback's
-    that no other node can reach. `GLOO_SOCKET_IFNAME` overrules this, and NCCL's own choice is heeded.
+    By default gloo takes the address of the host's name, which on many machines is a loopback address that no other
+    node can reach. `GLOO_SOCKET_IFNAME` overrules this, and `NCCL_SOCKET_IFNAME` is used if set.
     """
     names = os.environ.get("NCCL_SOCKET_IFNAME", "")
     if one_machine:
@@ -35,10 +35,9 @@ def choose_interface(one_machine: bool) -> None:
 
 
 def interface_towards(host: str) -> str | None:
-    """The interface that this machine reaches `host` by; None if that cannot be told.
+    """Return the interface that this machine reaches `host` by, or None if that is unknown.
 
-    Many machines have their own name for an address of their loopback. Others do not reach it there, but by the way
-    out.
+    Where `host` resolves to a loopback address, as many machines' own names do, it is the default route's.
     """
     if not host:
         return None
@@ -56,11 +55,10 @@ def interface_towards(host: str) -> str | None:
 
 
 def wait_longer_than(limit: float) -> None:
-    """Let collectives wait longer than so many seconds, after which the watchdog is to speak first; 0 is for ever.
+    """Let collectives wait longer than so many seconds, so that the watchdog reports first; 0 is forever.
 
-    Those of the groups that there will be, and of the one that there is: DeepSpeed makes groups without saying how
-    long they wait, and NCCL's default of ten minutes would end the process with none of the watchdog's words.
+    NCCL's default of ten minutes would end the process without the watchdog's report.
     """
-    wanted = 2 * limit or FOR_EVER.total_seconds()
-    patience = max(PATIENCE, timedelta(seconds=min(wanted, FOR_EVER.total_seconds())))
-    set_collective_timeout(patience)
+    wanted = 2 * limit or FOREVER.total_seconds()
+    timeout = max(TIMEOUT, timedelta(seconds=min(wanted, FOREVER.total_seconds())))
+    set_collective_timeout(timeout)

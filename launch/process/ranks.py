@@ -1,4 +1,4 @@
-"""The processes of a run: one when nobody started more, and what they must say alike."""
+"""The processes of a run: how many, which one this is, and values that all of them agree on."""
 
 import logging
 import os
@@ -15,15 +15,15 @@ from launch.process.network import choose_interface
 def ensure_environment() -> None:
     """Make `python launch/sft.py` a run of one process, and share this machine's cores among its processes.
 
-    Raises `UserError` if it was started as one of several by what does not say which one it is.
+    Raises `UserError` if this is one of several processes and the launcher does not tell which.
     """
     if "RANK" not in os.environ:
         _refuse_unknown_launcher()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    # the launcher says LOCAL_SIZE where torchrun and accelerate say LOCAL_WORLD_SIZE
-    said = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", said or os.environ["WORLD_SIZE"]))
-    choose_interface(one_machine=world_size() == 1 or (said is not None and here == world_size()))
+    # deepspeed sets LOCAL_SIZE, torchrun and accelerate set LOCAL_WORLD_SIZE
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", local_size or os.environ["WORLD_SIZE"]))
+    choose_interface(one_machine=world_size() == 1 or (local_size is not None and here == world_size()))
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here))))
     torch.set_num_threads(threads)
 
@@ -32,16 +32,16 @@ def _refuse_unknown_launcher() -> None:
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if os.environ.get(name, "1") not in ("", "0", "1"):
             raise UserError(
-                f"{name} says {os.environ[name]} processes, but RANK, WORLD_SIZE and LOCAL_RANK are not set: each "
+                f"{name} is {os.environ[name]}, but RANK, WORLD_SIZE and LOCAL_RANK are not set: each "
                 "would be a run of its own. Start them with torchrun, or once for all nodes with `deepspeed "
                 "--hostfile` and its own launcher (pdsh); srun and mpirun set none of these"
             )
 
 
 def start_alone() -> None:
-    """The process group of a run of one process: nobody else is to be met, so nothing listens for anybody.
+    """Start the process group of a run of one process, without listening for others.
 
-    Libraries would have it listen on all addresses of the machine.
+    Libraries would make it listen on all addresses of the machine.
     """
     if world_size() == 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if uses_gpu() else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -60,13 +60,13 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """To the user, once."""
+    """Print for the user, on rank 0."""
     if is_main():
         print(printable(text), flush=True)
 
 
 def say_log(name: str) -> None:
-    """Say what this library logs."""
+    """Print what this library logs, on rank 0."""
     logger = logging.getLogger(name)
     if not logger.handlers:
         handler = logging.Handler()
@@ -76,21 +76,24 @@ def say_log(name: str) -> None:
 
 
 def leave() -> None:
-    """Take the process group down, so that no rank outlives another with a warning."""
+    """Destroy the process group, so that ranks which exit later print no warnings."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def from_main(compute):
-    """`compute()` on rank 0, its value everywhere. What it raises there, every rank raises as a `UserError`."""
+    """Return `compute()` of rank 0 on every rank. An error there is raised on all ranks, as a `UserError`.
+
+    Collectives: one broadcast of objects.
+    """
     box, failure = [None, None], None
     if is_main():
         try:
             box[0] = compute()
-        except UserError as fault:
-            box[1] = str(fault)
-        except Exception as fault:  # the others wait in the broadcast: tell them first
-            failure, box[1] = fault, f"rank 0 failed: {fault}"
+        except UserError as error:
+            box[1] = str(error)
+        except Exception as error:  # the others wait in the broadcast, so they are told first
+            failure, box[1] = error, f"rank 0 failed: {error}"
     if dist.is_initialized() and dist.get_world_size() > 1:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
         dist.broadcast_object_list(box, src=0, device=device)
@@ -102,20 +105,20 @@ def from_main(compute):
 
 
 def on_all_ranks(compute) -> list:
-    """`[compute() on rank 0, on rank 1, ...]`, everywhere. What one raises, all raise, as a `UserError`.
+    """Return `[compute() of rank 0, of rank 1, ...]` on every rank. What one raises, all raise, as a `UserError`.
 
     Collectives: one gather of objects.
     """
     try:
         own = (compute(), None)
-    except UserError as fault:
-        own = (None, str(fault))
-    except Exception as fault:
-        own = (None, f"rank {rank()} failed: {fault}")
+    except UserError as error:
+        own = (None, str(error))
+    except Exception as error:
+        own = (None, f"rank {rank()} failed: {error}")
     everybody = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
         everybody = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, own)
-    if failed := [fault for _, fault in everybody if fault is not None]:
+    if failed := [error for _, error in everybody if error is not None]:
         raise UserError(failed[0])
     return [value for value, _ in everybody]

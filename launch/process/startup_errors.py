@@ -1,4 +1,4 @@
-"""Until the first step is done, what a library refuses is a mistake in the flags: a sentence, not a crash."""
+"""Errors raised before the first optimizer step are reported as one-line user errors, not tracebacks."""
 
 import traceback
 from contextlib import suppress
@@ -10,14 +10,15 @@ from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
 from launch.common.messages import typed_error_line
 from launch.common.paths import TRACEBACK
-from launch.process.exit import has_its_sentence
+from launch.process.exit import has_one_line
 from launch.process.ranks import rank
 
 
-class Starting(TrainerCallback):
-    """Entered while a run is set up and trained; what is raised before its first step is done is a `UserError`.
+class StartupErrors(TrainerCallback):
+    """Entered while a run is set up and trained; turns errors before the end of the first step into `UserError`.
 
-    The whole traceback is written into the run's directory, in case that the mistake is not the user's.
+    What a library refuses there is nearly always a flag. The traceback is written into the run's directory, in
+    case it is not.
     """
 
     def __init__(self, run: Path):
@@ -27,16 +28,14 @@ class Starting(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.over = True
 
-    def __enter__(self) -> "Starting":
+    def __enter__(self) -> "StartupErrors":
         return self
 
-    def __exit__(self, _type, fault: BaseException | None, _traceback) -> None:
-        if self.over or not isinstance(fault, Exception) or has_its_sentence(fault):
+    def __exit__(self, _type, error: BaseException | None, _traceback) -> None:
+        if self.over or not isinstance(error, Exception) or has_one_line(error):
             return
         file = self.run / TRACEBACK.format(rank=rank())
         with suppress(OSError):
-            write_whole(file, "".join(traceback.format_exception(fault)))
-        reason = typed_error_line(fault)
-        raise UserError(
-            f"the run cannot start as it was asked to: {reason}; all of the error is in {file}"
-        ) from fault
+            write_whole(file, "".join(traceback.format_exception(error)))
+        reason = typed_error_line(error)
+        raise UserError(f"the run cannot start as configured: {reason}; the full traceback is in {file}") from error

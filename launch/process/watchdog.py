@@ -1,7 +1,7 @@
-"""Notices a rank that is gone or stands still, says which and where the others wait, and ends the process.
+"""Detects a rank that has exited or stalled, reports which one and where the others wait, and ends the process.
 
-A thread of each rank. Collectives wait without a word, for as long as `launch.process.network` says, and nothing else
-looks.
+A thread of each rank. Collectives wait silently, for as long as `launch.process.network` sets, and nothing else would
+notice.
 """
 
 import os
@@ -25,29 +25,35 @@ from launch.process.ranks import on_all_ranks, rank, world_size
 
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
-STORAGE_PATIENCE = 6  # times as long while all that is waited for is storage
-# torch's, and this project's, which begin and wait
+STORAGE_PATIENCE = 6  # times as long while waiting for storage
+# torch's, and this project's own
 COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py", "collectives.py")
-# between a collective and who wanted it
+# between a collective and its caller
 WRAPPERS = ("torch/", "smoothing/core/collectives.py", "deepspeed/comm/", "deepspeed/utils/", "typing_extensions.py")
 
 
 class Watchdog(TrainerCallback):
-    """Watches while entered. `limit`: seconds without a sign of progress on this rank that are too many; 0 for never.
+    """Watches while entered, and ends the process with `code` when a rank is lost.
 
-    Ends the process with `code`. From then on collectives wait longer than it does; before, nobody would end one that
-    a lost rank leaves alone. Collectives: one gather of objects on entering; none later.
+    While it watches, collectives wait longer than it does, so that its report comes first.
+
+    Args:
+        limit: Seconds without progress on this rank after which the run stops; 0 for never.
+        code: The exit code.
+
+    Collectives:
+        One gather of objects on entering; none later.
     """
 
     def __init__(self, limit: float, code: int = 1):
         self.limit, self.code = limit, code
         self._main = threading.main_thread().ident
         self._over = threading.Event()
-        self._first_to_ask = True  # until the store says otherwise; it may be what is lost
+        self._first_to_ask = True  # until the store answers; the store itself may be lost
         self.beat("starting", storage=True)
 
     def beat(self, doing: str, storage: bool = False) -> None:
-        """Say that this rank gets on: what it does next, and whether that is waiting for storage."""
+        """Note that this rank makes progress: what it does next, and whether that waits for storage."""
         self._doing, self._since = doing, time.monotonic()
         self._patience = self.limit * (STORAGE_PATIENCE if storage else 1)
 
@@ -85,7 +91,7 @@ class Watchdog(TrainerCallback):
         missed = set()
         while not self._over.wait(LOOK_SECONDS):
             gone = {r for r, pid in self._peers.items() if not alive(pid)}
-            if lost := gone & missed:  # twice, so that ranks which leave together do not accuse one another
+            if lost := gone & missed:  # seen twice, so that ranks which exit together do not report one another
                 if rank() == min({rank(), *self._peers} - lost):
                     self._say(f"rank(s) {sorted(lost)} are gone during {self._doing}")
                 os._exit(self.code)
@@ -110,19 +116,19 @@ class Watchdog(TrainerCallback):
 
     @staticmethod
     def _kill(silent: dict[int, int]) -> None:
-        """End ranks of this host that do not answer; they would not heed the launcher's SIGTERM for half a minute."""
+        """End ranks of this host that do not answer; they would ignore the launcher's SIGTERM for half a minute."""
         for pid in silent.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def _own_store(self) -> dist.Store | None:
-        """A connection to what the ranks share besides collectives, for one thread; None if there is but one rank."""
+        """Return a connection to the store of the ranks, for one thread; None if there is only one rank."""
         if not dist.is_initialized() or world_size() == 1:
             return None
         return dist.PrefixStore("watchdog", _get_default_store().clone())
 
     def _answer(self, store: dist.Store | None) -> None:
-        """Say where this rank is once another asks. In a thread of its own: the store may be what is lost."""
+        """Report where this rank is once another asks. In a thread of its own, since the store may block."""
         with suppress(RuntimeError):
             while not self._over.wait(LOOK_SECONDS):
                 if store is not None and store.check(["asking"]):
@@ -142,12 +148,12 @@ class Watchdog(TrainerCallback):
 
     @staticmethod
     def _say(text: str) -> None:
-        print(f"error: {text}\nThe run stops; the same command goes on from its last checkpoint.", file=sys.stderr)
+        print(f"error: {text}\nThe run stops; the same command resumes from its last checkpoint.", file=sys.stderr)
         sys.stderr.flush()
 
 
 def where(frame) -> str:
-    """What a thread is doing: the collective that it waits in and who called it, or its innermost line."""
+    """Return what a thread is doing: the collective it waits in and the caller, or its innermost line."""
     collective, innermost = None, frame
     while frame is not None:
         inside = Path(frame.f_code.co_filename)
@@ -160,7 +166,7 @@ def where(frame) -> str:
         return "has no main thread"
     code = innermost.f_code
     place = f"{code.co_name} at {_short(Path(code.co_filename))}:{innermost.f_lineno}"
-    if uses_gpu():  # where collectives are begun and nobody waits, until something asks for a number
+    if uses_gpu():  # where collectives are launched asynchronously, and the wait is elsewhere
         return f"begins no collective, but is in {place}; its device may be in one that was begun before"
     return f"is in no collective, but in {place}"
 

@@ -1,4 +1,4 @@
-"""The trained model, consolidated from all ranks, as Hugging Face's `from_pretrained` wants it."""
+"""The trained model, consolidated from all ranks, as Hugging Face's `from_pretrained` reads it."""
 
 import shutil
 from pathlib import Path
@@ -14,10 +14,10 @@ from launch.training.trainer import SftTrainer
 
 
 def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> Path:
-    """Write `output_dir/model` from all ranks' shards; it appears whole or not at all. All ranks must call it.
+    """Write `output_dir/model` from all ranks' shards, whole or not at all. All ranks must call this.
 
-    Raises `RuntimeError` if a weight is missing or has another shape than its configuration says, and `UserError` if
-    one is not finite that was when training began.
+    Raises `RuntimeError` if a weight is missing or has another shape than in its configuration, and `UserError` if a
+    weight has become infinite or NaN since training began.
     """
     partial, final = Path(output_dir) / MODEL_PARTIAL, Path(output_dir) / MODEL
     weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
@@ -40,12 +40,12 @@ def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: 
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of weights that are another weight's, and are not written."""
+    """Return the names of weights that are tied to another weight, and are not written."""
     return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
 
 
 def assert_complete(weights: dict[str, torch.Tensor], model_class: type, config) -> None:
-    """Hold the consolidated weights' names and shapes to those of a model built anew from the configuration."""
+    """Raise `RuntimeError` unless names and shapes are those of a model built anew from the configuration."""
     with torch.device("meta"):
         # the class itself: under ZeRO 3 `from_config` would partition the model, with collectives, on this rank alone
         model = model_class(config)
@@ -54,4 +54,6 @@ def assert_complete(weights: dict[str, torch.Tensor], model_class: type, config)
     missing = wanted.keys() - got.keys() - tied_names(model)
     wrong = {name: (shape, wanted.get(name)) for name, shape in got.items() if wanted.get(name) != shape}
     if missing or wrong:
-        raise RuntimeError(f"the weights to export are not whole: missing {sorted(missing)}, (got, expected) {wrong}")
+        raise RuntimeError(
+            f"the weights to export are not complete: missing {sorted(missing)}, (got, expected) {wrong}"
+        )

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains, on rank 0: a progress bar, a line a log, `metrics.jsonl`."""
+"""What a run prints and writes while it trains, on rank 0: a progress bar, a line a log, `metrics.jsonl`."""
 
 import json
 import math
@@ -28,7 +28,7 @@ WRITTEN = {
 
 
 class ResolvedDeepSpeed(TrainerCallback):
-    """Writes `deepspeed.json`, once Trainer has put the recipe's values where the file says "auto"."""
+    """Writes `deepspeed.json`, once Trainer has filled in the recipe's values for "auto"."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -37,7 +37,7 @@ class ResolvedDeepSpeed(TrainerCallback):
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Return None for NaN and infinities, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
@@ -53,7 +53,7 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """A bar where someone watches, and one line for each log that a person can read."""
+    """A progress bar on a terminal, and one readable line for each log."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: told with their rows, and stopped or left out on all ranks together."""
+"""Steps whose loss or gradient is not finite: reported with their rows, and refused or skipped by all ranks."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -11,13 +11,13 @@ from launch.common.errors import UserError
 from launch.process.ranks import on_all_ranks, say
 
 SHOWN = 8
-IN_A_ROW = 20  # steps left out one after another, after which there is nothing to hope for
+IN_A_ROW = 20  # consecutive skipped steps after which the run is lost
 
 
 class NonFiniteSteps:
-    """Remembers which rows had no finite loss since the last step, on the device, until a step turns out to be one.
+    """Remembers, on the device, which rows had no finite loss since the last step, until a step was not applied.
 
-    That a step's update was not made is DeepSpeed's finding, agreed on by all ranks (`was_step_applied`).
+    DeepSpeed decides that on all ranks together (`was_step_applied`).
     """
 
     def __init__(self, mode: str):
@@ -26,13 +26,19 @@ class NonFiniteSteps:
         self._seen: list[tuple[list[str], Tensor]] = []
 
     def note(self, where: list[str], nll_BL: Tensor) -> None:
-        """One micro-batch: where its rows come from, and its tokens' losses."""
+        """Note a micro-batch: where its rows come from, and its tokens' losses."""
         self._seen.append((where, nll_BL.isfinite().all(-1).view(-1)))
 
     def close(self, applied: bool, step: int, scaled: bool) -> None:
-        """The step is over. Raises `UserError` on all ranks if its update was not made and the mode is "stop".
+        """End a step. Raises `UserError` on all ranks if its update was not made and the mode is "stop".
 
-        `scaled`: fp16 loss scaling leaves steps out by design; only rows without a finite loss count then.
+        Args:
+            applied: Whether the update was made, the same on all ranks.
+            step: The step's number, for the message.
+            scaled: fp16 loss scaling skips steps by design; only rows without a finite loss count then.
+
+        Collectives:
+            One gather of objects if the update was not made.
         """
         seen, self._seen = self._seen, []
         if applied:
@@ -50,24 +56,24 @@ class NonFiniteSteps:
         if self.mode == "stop":
             raise UserError(
                 f"{text}. The update was not made and the run stops; look at the rows, lower --learning_rate, or "
-                "leave such steps out with --on_nonfinite skip"
+                "skip such steps with --on_nonfinite skip"
             )
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row == IN_A_ROW:
-            raise UserError(f"{text}. {IN_A_ROW} steps were left out one after another: the run stops")
-        say(f"{text}; step left out ({self.skipped} so far)")
+            raise UserError(f"{text}. {IN_A_ROW} consecutive steps were skipped: the run stops")
+        say(f"{text}; step skipped ({self.skipped} so far)")
 
 
 def not_finite(weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Names of the weights that hold an infinity or NaN. Under ZeRO 3 a rank looks at its own part of each."""
+    """Return the names of weights that hold an infinity or NaN; under ZeRO 3, in this rank's part of each."""
     parts = [(name, _own_part(weight)) for name, weight in weights]
     finite = torch.stack([part.isfinite().all() for _, part in parts]).tolist() if parts else []
     return {name for (name, _), good in zip(parts, finite, strict=True) if not good}
 
 
 def _own_part(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight: under ZeRO 3 a part, without the padding, which nobody ever wrote."""
+    """Return what this rank holds of a weight; under ZeRO 3 a part, without the padding, which holds any values."""
     part = getattr(weight, "ds_tensor", None)
     if part is None:
         return weight.detach()
@@ -76,9 +82,12 @@ def _own_part(weight: Tensor) -> Tensor:
 
 
 def check_weights(weights: Iterable[tuple[str, Tensor]], before: set[str], lost: str) -> None:
-    """Raise `UserError` if weights are not finite that were `before`, at the start; `lost`: what is not done now.
+    """Raise `UserError` if a weight is not finite; a step with a finite loss and gradient can make such weights.
 
-    A step whose loss and gradient were finite can make such weights.
+    Args:
+        weights: Name and value of each.
+        before: Names of those that were not finite when training began; they are ignored.
+        lost: What is not done because of them, for the message.
     """
     if bad := sorted(not_finite(weights) - before):
         raise UserError(f"the weights are not finite any more ({_some(bad)}): {lost}; lower --learning_rate")

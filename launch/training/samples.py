@@ -1,4 +1,4 @@
-"""Held-out prompts, completed by the model as it stands: what a person would rather read than a loss."""
+"""Held-out prompts completed by the trained model, for people to read."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def write_samples(trainer: SftTrainer, tokenizer, heldout, count: int) -> None:
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows, device, before_each: Callable[[], None]
 ) -> list[dict[str, str]]:
-    """Greedy completions of the rows' prompts, with the completion that was wanted. All ranks must call it."""
+    """Return greedy completions of the rows' prompts beside the expected ones. All ranks must call this."""
     model.eval()
     completions = []
     for row in rows:
@@ -64,7 +64,7 @@ def complete(
 
 
 def shown(sample: dict[str, str]) -> str:
-    """A sample for the log."""
+    """Format a sample for the log."""
     return (
         f"{sample['where']}\n  prompt     | {sample['prompt'][-200:]!r}\n"
         f"  completion | {sample['completion']!r}\n  wanted     | {sample['wanted'][:200]!r}"

@@ -231,5 +231,5 @@ def test_an_export_that_is_not_whole(break_):
     if break_ == "none":
         assert_complete(weights, LlamaForCausalLM, config)
     else:
-        with pytest.raises(RuntimeError, match="not whole"):
+        with pytest.raises(RuntimeError, match="not complete"):
             assert_complete(weights, LlamaForCausalLM, config)

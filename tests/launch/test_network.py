@@ -85,5 +85,5 @@ def test_how_long_groups_wait(monkeypatch, limit, least):
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_one_of_several_that_does_not_know_which(monkeypatch, name):
     monkeypatch.setenv(name, "8")
-    with pytest.raises(UserError, match=f"{name} says 8 processes"):
+    with pytest.raises(UserError, match=f"{name} is 8, but RANK"):
         ensure_environment()

@@ -36,7 +36,7 @@ def untouched(folder) -> bytes:
     return weights(folder / "untouched")
 
 
-def go_on(folder: Path, output: str, values=LAYOUT) -> str:
+def resume(folder: Path, output: str, values=LAYOUT) -> str:
     """Start the run again and let it end; what was said in all its starts."""
     launch = Launch(folder, output, values)
     assert launch.gone(300) is not None and launch.launcher.returncode == 0, launch.said()[-4000:]
@@ -58,8 +58,8 @@ def fault(folder: Path, output: str, steps: int, strike, values=LAYOUT, start=No
 
 def test_a_killed_rank(folder, untouched):
     launch = fault(folder, "killed", 5, lambda launch: launch.ranks()[1].kill())
-    assert "rank(s) [1] are gone" in launch.said() or "another rank is gone" in launch.said()
-    assert "resuming from" in go_on(folder, "killed")
+    assert "rank(s) [1] are gone" in launch.said() or "another rank exited" in launch.said()
+    assert "resuming from" in resume(folder, "killed")
     assert weights(folder / "killed") == untouched
 
 
@@ -68,7 +68,7 @@ def test_sigterm_saves_and_stops(folder, untouched):
     launch = fault(folder, "terminated", 3, lambda launch: launch.launcher.terminate())
     last = step_of(checkpoints(folder / "terminated")[0])
     assert f"stopped after step {last}" in launch.said() and "Traceback" not in launch.said()
-    assert f"checkpoint-{last}\n" in go_on(folder, "terminated")
+    assert f"checkpoint-{last}\n" in resume(folder, "terminated")
     assert weights(folder / "terminated") == untouched
 
 
@@ -94,13 +94,13 @@ EVALUATED = LAYOUT | {"eval_strategy": "steps", "eval_steps": 2, "per_device_eva
 
 
 def test_sigterm_during_an_evaluation(folder):
-    """The evaluation is cut, the checkpoint owes it, and the next start makes it before it goes on."""
+    """The evaluation is cut, the checkpoint owes it, and the resumed run makes it first."""
     values = EVALUATED | {"eval_data": folder / "train.jsonl", "save_steps": 1000}
     launch = fault(folder, "evaluating", 2, lambda launch: launch.ranks()[1].terminate(), values)
     assert "stopped after step 2;" in launch.said() and "Traceback" not in launch.said()
     assert not any("eval_nll" in row for row in metrics(folder / "evaluating"))
     assert checkpoints(folder / "evaluating") == [folder / "evaluating/checkpoint-2"]
-    assert "checkpoint-2\n" in go_on(folder, "evaluating", values)
+    assert "checkpoint-2\n" in resume(folder, "evaluating", values)
     assert [row["step"] for row in metrics(folder / "evaluating") if "eval_nll" in row] == [2, 4]
 
 
@@ -167,13 +167,13 @@ def test_a_rank_that_raises(folder):
     """Its own traceback stands alone; the other rank says one sentence."""
     said = raising(folder, "raising", "training_step", "ZeroDivisionError('in step 4')")
     assert said.count("Traceback") == 1 and "ZeroDivisionError: in step 4" in said
-    assert "another rank is gone" in said or "rank(s) [1] are gone" in said
+    assert "another rank exited" in said or "rank(s) [1] are gone" in said
 
 
 def test_a_rank_without_memory(folder):
     said = raising(folder, "memory", "training_step", "torch.OutOfMemoryError('Tried to allocate 2 GiB')")
     assert (
-        "error: rank 1 has no memory left (Tried to allocate 2 GiB); what takes less: a smaller --per_device" in said
+        "error: rank 1 has no memory left (Tried to allocate 2 GiB); to use less: a smaller --per_device" in said
     )
     assert "Traceback" not in said
 
@@ -181,7 +181,7 @@ def test_a_rank_without_memory(folder):
 def test_a_rank_that_raises_before_the_first_step(folder):
     """It says so itself; its whole traceback is in a file."""
     said = raising(folder, "starting", "create_optimizer", "RuntimeError('no such optimizer')", step=0)
-    assert "error: rank 1: the run cannot start as it was asked to: RuntimeError: no such optimizer" in said
+    assert "error: rank 1: the run cannot start as configured: RuntimeError: no such optimizer" in said
     assert "Traceback" not in said
     assert "RuntimeError: no such optimizer" in (folder / "starting/traceback-1.txt").read_text()
 
@@ -210,9 +210,9 @@ def test_a_value_that_a_library_refuses(folder):
         launch.end()
     said = launch.said()
     assert launch.launcher.returncode == 2 and "Traceback" not in said
-    assert said.count("the run cannot start as it was asked to: TypeError: ") == 1 and "argument 'foo'" in said
+    assert said.count("the run cannot start as configured: TypeError: ") == 1 and "argument 'foo'" in said
     assert "foo" in (folder / "refused/traceback-0.txt").read_text()
-    assert go_on(folder, "refused") and not (folder / "refused/traceback-0.txt").exists()
+    assert resume(folder, "refused") and not (folder / "refused/traceback-0.txt").exists()
 
 
 STARTED = f"""

@@ -94,7 +94,7 @@ def test_left_out_on_all_ranks(folder, skipped, layout):
 def test_the_row_is_named(skipped):
     said = [line for line in skipped.splitlines() if "not finite" in line]
     assert len(said) == len(LAYOUTS)
-    assert all(f"rows.jsonl:{BAD_ROW} is not finite; step left out (1 so far)" in line for line in said)
+    assert all(f"rows.jsonl:{BAD_ROW} is not finite; step skipped (1 so far)" in line for line in said)
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 2), (2, 1, 1)], ids=name)
@@ -124,7 +124,7 @@ def test_nothing_to_hope_for():
         steps.close(applied=step == IN_A_ROW - 1, step=step, scaled=False)
     assert steps.in_a_row == IN_A_ROW - 1
     steps.note(["rows.jsonl:1"], torch.full((1, 4), torch.nan))
-    with pytest.raises(UserError, match=rf"rows\.jsonl:1 is not finite\. {IN_A_ROW} steps were left out"):
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1 is not finite\. {IN_A_ROW} consecutive steps were skipped"):
         steps.close(applied=False, step=2 * IN_A_ROW, scaled=False)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint goes on under another layout: tensor parallelism, data parallelism, ZeRO 1 or 2 may all change."""
+"""A run resumes under another layout: tensor parallelism, data parallelism, ZeRO 1 or 2 may all change."""
 
 import json
 import shutil
