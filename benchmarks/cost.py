@@ -7,7 +7,7 @@ Legend: N labelled tokens, V vocabulary, R ranks that share it, S = ⌈V/R⌉ ro
 from dataclasses import dataclass
 from math import ceil
 
-from smoothing.linear.head import chunk_length, default_chunk_bytes
+from smoothing.linear.chunks import chunk_length, default_chunk_bytes
 
 FP32 = 4
 HEADER_BYTES = 72

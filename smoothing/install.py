@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
-from smoothing.linear_loss import chunk_bytes_problem
+from smoothing.linear.chunks import chunk_bytes_problem
 from smoothing.model.installed_loss import Installation, InstalledLoss, OnStats
 from smoothing.model.support import UnsupportedModel, fusing_fault, own_softcap, smoothing_fault
 

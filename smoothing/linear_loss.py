@@ -4,22 +4,23 @@ Legend: T tokens, N of them labelled, S rows of this rank's weight (padding incl
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smoothing.core import agreement
-from smoothing.core.agreement import Handshake
 from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
 from smoothing.core.refusal import refuse_at_handshake
 from smoothing.core.statistics import Combined, token_loss
 from smoothing.kernels.dispatch import backend_for
-from smoothing.linear.gradients import HeadGradients, Wanted
+from smoothing.linear import loop
+from smoothing.linear.accumulator import GradientAccumulator, Wanted
+from smoothing.linear.chunks import chunk_bytes_problem
 from smoothing.linear.head import LinearHead
+from smoothing.linear.labelled_tokens import LabelledTokens
 from smoothing.shard import VocabShard
 
 
@@ -84,7 +85,7 @@ def vocab_parallel_linear_cross_entropy(
     except Exception as error:  # whatever it is, the other ranks must learn of it
         refuse_at_handshake(error, shard, hidden, target)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, *stats = job.run(hidden.reshape(job.leading.numel(), hidden.shape[-1]), weight, bias)
+        loss, *stats = job.run(hidden.reshape(job.labelled.leading.numel(), hidden.shape[-1]), weight, bias)
     return (loss, TokenStats(*stats)) if return_stats else loss
 
 
@@ -116,15 +117,11 @@ def _checked(
     dtype = _compute_dtype(hidden, weight)
     grad = torch.is_grad_enabled()
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
-    soft = target.is_floating_point()
-    flat_T = target.reshape(leading.numel(), size) if soft else target.reshape(-1)
-    masked = not soft and keeps_every_row(hidden.device)
-    if problem := _label_tokens_problem(label_tokens, flat_T):
-        raise ValueError(problem)
-    rows_N = None if soft or masked else _labelled(flat_T, options.ignore_index, label_tokens)
+    flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
+    labelled = LabelledTokens.of(leading, flat_T, options.ignore_index, label_tokens)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     call = LossCall(
-        target=flat_T if rows_N is None else flat_T[rows_N],
+        target=labelled.select(flat_T),
         shard=shard,
         options=options,
         prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
@@ -133,7 +130,7 @@ def _checked(
         batch_checksum=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
         alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
     )
-    return _Job(call, leading, rows_N, masked, wanted, num_items_in_batch, chunk_bytes, return_stats)
+    return _Job(call, labelled, wanted, num_items_in_batch, chunk_bytes, return_stats)
 
 
 @dataclass(frozen=True)
@@ -141,71 +138,68 @@ class _Job:
     """A call without the tensors that may need gradients."""
 
     call: LossCall
-    leading: torch.Size
-    rows_N: Tensor | None  # the labelled tokens; None for all
-    masked: bool  # tokens without a label are among them
+    labelled: LabelledTokens
     wanted: Wanted
     num_items_in_batch: int | Tensor | None
     chunk_bytes: int | None
     return_stats: bool
 
-    def run(self, *tensors: Tensor | None) -> tuple:
-        """Loss, and statistics if asked for: by way of autograd only where a gradient is wanted."""
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the loss, and statistics if wanted: by way of autograd only where a gradient is wanted."""
         if not any(self.wanted):
             outcome = self.forward(*tensors)
             return outcome.loss, *outcome.stats
-        scalar = self.call.options.reduction != "none"
-        return (_ScalarLoss if scalar else _TokenLosses).apply(*tensors, self)
+        function = _TokenLosses if self.call.options.reduction == "none" else _ScalarLoss
+        return function.apply(*tensors, self)
 
     def head(self, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None) -> LinearHead:
-        hidden_NH = hidden_TH if self.rows_N is None else hidden_TH[self.rows_N]
-        if self.masked:  # whatever they hold, NaN included
+        hidden_NH = self.labelled.select(hidden_TH)
+        if self.labelled.masked:  # whatever they hold, NaN included
             hidden_NH = hidden_NH.masked_fill(~self.call.valid_T.unsqueeze(1), 0.0)
         return LinearHead.of(self.call, hidden_NH, weight_SH, bias_S, self.chunk_bytes)
 
     def forward(self, *tensors: Tensor | None, with_gradients: bool = False) -> "_Outcome":
-        """Loss and statistics; of a scalar loss, the gradients' sums too if asked for."""
-        handshake = self.call.start_handshake()
+        """Compute loss and statistics; of a scalar loss, the gradients' sums too if wanted."""
+        end_handshake = self.call.start_handshake()
         head, options = self.head(*tensors), self.call.options
-        scalar, gradients = options.reduction != "none", None
-        divisor = self.call.divisor(self.num_items_in_batch, all_labelled=not self.masked) if scalar else None
-        if with_gradients:
-            token_weight_N = self.mask((1 / divisor).expand(self.call.tokens))
-            gradients = HeadGradients(head, self.call, self.wanted, token_weight_N)
-        combined, mean_row_H, handshake = head.forward(handshake, gradients)
-        loss_N = token_loss(combined, options.label_smoothing, options.z_loss)
-        if self.masked:
+        divisor = accumulator = None
+        if options.reduction != "none":
+            divisor = self.call.divisor(self.num_items_in_batch, all_labelled=not self.labelled.masked)
+            if with_gradients:
+                accumulator = self.accumulator(head, (1 / divisor).expand(self.call.tokens))
+        result = loop.forward(head, end_handshake, accumulator)
+        loss_N = token_loss(result.combined, options.label_smoothing, options.z_loss)
+        if self.labelled.masked:
             loss_N = loss_N.masked_fill(~self.call.valid_T, 0.0)
-        loss = loss_N.sum() / divisor if scalar else self.scatter(loss_N, self.leading)
-        stats = ()
+        leading = self.labelled.leading
+        loss = self.labelled.scatter(loss_N, leading) if divisor is None else loss_N.sum() / divisor
+        stats: tuple[Tensor | None, ...] = ()
         if self.return_stats:
-            compact = self.call.token_stats(combined, loss_N.shape)
-            stats = tuple(None if x is None else self.scatter(x, self.leading) for x in compact)
-        sums = None if gradients is None else gradients.finish(mean_row_H)
-        return _Outcome(loss, stats, combined, mean_row_H, handshake, sums)
+            compact = self.call.token_stats(result.combined, loss_N.shape)
+            stats = tuple(None if x is None else self.labelled.scatter(x, leading) for x in compact)
+        sums = [] if accumulator is None else accumulator.finish(result.mean_row_H, options.label_smoothing)
+        return _Outcome(loss, stats, result, sums)
 
-    def mask(self, token_weight_N: Tensor) -> Tensor:
-        """What tokens weigh, 0 for those without a label."""
-        return token_weight_N.where(self.call.valid_T, 0.0) if self.masked else token_weight_N
+    def backward(self, result: loop.Result, upstream: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+        """Compute the gradients' sums of one loss a token, with the logits computed anew."""
+        weight_N = self.labelled.select(upstream.reshape(-1).to(self.call.statistics_dtype))
+        head = self.head(*tensors)
+        accumulator = self.accumulator(head, weight_N)
+        loop.backward(head, result, accumulator)
+        return accumulator.finish(result.mean_row_H, self.call.options.label_smoothing)
 
-    def scatter(self, compact_N: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
-        """Values of the labelled tokens in their places, zero elsewhere."""
-        compact_N = compact_N.to(dtype or compact_N.dtype)
-        if self.rows_N is None:
-            return compact_N.view(shape)
-        whole_T = compact_N.new_zeros(self.leading.numel(), *compact_N.shape[1:])
-        whole_T[self.rows_N] = compact_N
-        return whole_T.view(shape)
+    def accumulator(self, head: LinearHead, weight_N: Tensor) -> GradientAccumulator:
+        """Return an accumulator for losses scaled by `weight_N`; tokens without a label weigh nothing."""
+        weight_N = weight_N.where(self.call.valid_T, 0.0) if self.labelled.masked else weight_N
+        return loop.new_accumulator(head, self.wanted, weight_N)
 
 
 @dataclass
 class _Outcome:
     loss: Tensor
-    stats: tuple
-    combined: Combined
-    mean_row_H: Tensor | None
-    handshake: Handshake
-    sums: list[Tensor | None] | None
+    stats: tuple[Tensor | None, ...]
+    result: loop.Result
+    sums: list[Tensor | None]
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -221,7 +215,7 @@ class _ScalarLoss(torch.autograd.Function):
             if total is not None:
                 # fp16 must wait for the upstream gradient: that is where loss scaling comes in
                 early = total.dtype if given.dtype == torch.float16 else given.dtype
-                total = job.scatter(total, given.shape, early) if index == 0 else total.to(early)
+                total = job.labelled.scatter(total, given.shape, early) if index == 0 else total.to(early)
             ctx.gradients.append(total)
         ctx.dtypes = [None if given is None else given.dtype for given in inputs]
         ctx.scale = backend_for(hidden_TH.device, job.call).scale
@@ -250,9 +244,9 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
         outcome = job.forward(hidden_TH, weight_SH, bias_S)
-        ctx.job, ctx.handshake = job, outcome.handshake
+        ctx.job, ctx.handshake = job, outcome.result.handshake
         inputs = (hidden_TH, weight_SH, bias_S, job.call.target, job.call.prior)
-        ctx.save_for_backward(*inputs, outcome.mean_row_H, *outcome.combined)
+        ctx.save_for_backward(*inputs, outcome.result.mean_row_H, *outcome.result.combined)
         ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
         return outcome.loss, *outcome.stats
 
@@ -261,58 +255,12 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx, upstream: Tensor, *_):
         job, saved = ctx.job, ctx.saved_tensors
         inputs, (_target, _prior, mean_row_H, *combined) = saved[:3], saved[3:]  # the call has target and prior
-        upstream_T = upstream.reshape(-1).to(job.call.statistics_dtype)
-        token_weight_N = upstream_T if job.rows_N is None else upstream_T[job.rows_N]
-        head = job.head(*inputs)
-        gradients = HeadGradients(head, job.call, job.wanted, job.mask(token_weight_N))
-        head.backward(ctx.handshake, Combined(*combined), gradients)
-        grad_hidden, grad_weight, grad_bias = gradients.finish(mean_row_H)
+        result = loop.Result(Combined(*combined), mean_row_H, ctx.handshake)
+        grad_hidden, grad_weight, grad_bias = job.backward(result, upstream, *inputs)
         if grad_hidden is not None:
-            grad_hidden = job.scatter(grad_hidden, inputs[0].shape, inputs[0].dtype)
+            grad_hidden = job.labelled.scatter(grad_hidden, inputs[0].shape, inputs[0].dtype)
         rest = zip((grad_weight, grad_bias), inputs[1:], strict=True)
         return grad_hidden, *(None if grad is None else grad.to(given.dtype) for grad, given in rest), None
-
-
-def keeps_every_row(device: torch.device) -> bool:
-    """Whether tokens without a label go through the head and weigh nothing, so that the host need not count them.
-
-    Only while a CUDA graph is captured, since they cost what labelled ones cost.
-    """
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def _labelled(target_T: Tensor, ignore_index: int, count: int | None) -> Tensor | None:
-    """Indices of the tokens that have a label, None if all have. Without their `count` the host waits for it.
-
-    Raises `ValueError` for a wrong count, on a device by an assertion there.
-    """
-    valid_T = target_T != ignore_index
-    if count is None:
-        rows_N = valid_T.nonzero().squeeze(1)
-    else:
-        held = valid_T.sum()
-        if target_T.device.type != "cpu":
-            torch._assert_async(held == count)
-        elif held != count:
-            raise ValueError(f"label_tokens must be the number of labelled tokens, {held}, got {count}")
-        rows_N = valid_T.nonzero_static(size=int(count)).squeeze(1)
-    return None if len(rows_N) == len(target_T) else rows_N
-
-
-def _label_tokens_problem(count: int | None, target_T: Tensor) -> str | None:
-    """What is wrong with the number of labelled tokens that a caller gave, as far as it tells by itself, or None."""
-    if count is None:
-        return None
-    if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= len(target_T):
-        return (
-            f"label_tokens must be None or an integer from 0 to {len(target_T)}, the number of tokens, got {count!r}"
-        )
-    if target_T.is_floating_point():
-        return "label_tokens counts targets that are ids; leave it out where they are probabilities"
-    return None
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -331,12 +279,3 @@ def _head_problem(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_byt
     if bias is not None and bias.shape != weight.shape[:1]:
         return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
     return chunk_bytes_problem(chunk_bytes)
-
-
-def chunk_bytes_problem(chunk_bytes: int | None) -> str | None:
-    """What is wrong with this budget, or None."""
-    if chunk_bytes is None or (
-        isinstance(chunk_bytes, int) and not isinstance(chunk_bytes, bool) and chunk_bytes > 0
-    ):
-        return None
-    return f"chunk_bytes must be None or an integer of at least 1, got {chunk_bytes!r}"

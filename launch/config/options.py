@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 
 from launch.common.errors import UserError
-from smoothing.linear_loss import chunk_bytes_problem
+from smoothing.linear.chunks import chunk_bytes_problem
 
 
 @dataclass

@@ -7,7 +7,7 @@ activations of a plain transformer layer. Fragmentation, communication buffers a
 from dataclasses import dataclass
 
 from launch.common.units import GIB
-from smoothing.linear.head import default_chunk_bytes
+from smoothing.linear.chunks import default_chunk_bytes
 
 # Values kept for backward by a transformer layer, in units of tokens·hidden: the inputs of its matrix products,
 # norms and activation function, with attention that keeps no score matrix.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from smoothing import vocab_parallel_linear_cross_entropy
 from smoothing.linear import matmul
-from smoothing.linear.gradients import power_of_two
+from smoothing.linear.accumulator import power_of_two
 from smoothing.linear.head import LinearHead
 
 TOKENS, VOCAB, HIDDEN = 600, 512, 32

@@ -17,12 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from smoothing import (
     VocabShard,
-    linear_loss,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
-from smoothing.linear import matmul
-from smoothing.linear.head import chunk_length, default_chunk_bytes
+from smoothing.linear import labelled_tokens, matmul
+from smoothing.linear.chunks import chunk_length, default_chunk_bytes
 from smoothing.linear.matmul import tile
 from tests.support.cases import CASES, IGNORED, Case, build, dense_losses
 from tests.support.ranks import Collectives, fresh_group, pool
@@ -193,11 +192,11 @@ def test_every_case_equals_the_plain_head(ranks, dtype):
 
 def keeping_every_row(calls: list[dict]) -> list[dict]:
     """As while a CUDA graph is captured: tokens without a label go through the head."""
-    plain, linear_loss.keeps_every_row = linear_loss.keeps_every_row, lambda device: True
+    plain, labelled_tokens.keeps_every_row = labelled_tokens.keeps_every_row, lambda device: True
     try:
         return many_fused(calls)
     finally:
-        linear_loss.keeps_every_row = plain
+        labelled_tokens.keeps_every_row = plain
 
 
 @pytest.mark.parametrize("how", ["sum", "mean", "none"])
