@@ -8,8 +8,14 @@ from smoothing.install import InstalledLoss, install_smoothed_loss
 class SmoothedLossCallback(TrainerCallback):
     """Calls `install_smoothed_loss(model, **options)` on `on_train_begin`, when DeepSpeed has sharded the model.
 
-    The loss stays installed for evaluations after training; `callback.installed.remove()` takes it out. Raises
-    `ValueError` in a process with several GPUs, whose model Trainer would copy to each.
+    The loss stays installed for evaluations after training; `callback.installed.remove()` takes it out.
+
+    Args:
+        **options: keyword arguments of `install_smoothed_loss`.
+
+    Raises:
+        ValueError: in `on_train_begin`, in a process with several GPUs, whose model Trainer would copy to each; and
+            what `install_smoothed_loss` raises.
     """
 
     def __init__(self, **options):

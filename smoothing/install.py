@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
 from smoothing.linear.chunks import chunk_bytes_problem
 from smoothing.model.installed_loss import Installation, InstalledLoss, OnStats
-from smoothing.model.support import UnsupportedModel, fusing_fault, own_softcap, smoothing_fault
+from smoothing.model.support import UnsupportedModel, fusing_problem, own_softcap, smoothing_problem
 
 HEADS = ("fused", "sharded", "dense")
 
@@ -27,19 +27,35 @@ def install_smoothed_loss(
 ) -> InstalledLoss:
     """Replace `model.loss_function` by the smoothed loss; call it after `deepspeed.initialize`, or on a plain model.
 
-    `head="fused"`: the output head computes the loss, with the model's own softcap, `chunk_bytes` at a time; no
-    logits are made, and `outputs.logits` is None. `head="sharded"`: the loss takes each rank's own logits, which are
-    not gathered. `head="dense"`: they are, and `F.cross_entropy` takes them: the baseline to compare with.
+    Smoothing (with its prior and z-loss) is how a model is trained: in evaluation mode the loss is the plain nll. A
+    forward without labels, as in `generate`, always gives whole logits. A forward may be passed `label_tokens=`, the
+    number of positions that have a label to predict: then the host need not wait until a device has counted them.
 
-    Smoothing (with its prior and z-loss) is how a model is trained: in evaluation mode the loss is the plain nll.
-    There (`model.eval()` and no gradient) `outputs.logits` are whole, as a metric needs them; `logits_in_eval=False`
-    evaluates as it trains, without. A forward without labels, as in `generate`, always gives whole logits.
-    `on_stats` is called with each forward's `TokenStats`. A forward may be given `label_tokens=`, the number of
-    positions that have a label to predict: then the host need not wait until a device has counted them.
+    Args:
+        model: a Hugging Face causal LM, or a DeepSpeed engine or PEFT model around one.
+        label_smoothing: ε, in [0, 1].
+        head: "fused": the output head computes the loss, with the model's own softcap; no logits are made, and
+            `outputs.logits` is None. "sharded": the loss takes each rank's own logits, which are not gathered.
+            "dense": they are, and `F.cross_entropy` takes them: the baseline to compare with.
+        ignore_index: label of positions that have none.
+        smoothing_prior: `[S]` floating point, this rank's slice of a distribution over the vocabulary; None: uniform.
+        z_loss: weight of `lse(z)²`, at least 0.
+        logit_softcap: `cap` of `cap·tanh(z / cap)`; None: the model's own, or none.
+        on_stats: called with the `TokenStats` of each forward.
+        chunk_bytes: what the logits of a chunk may take with the fused head; None: see
+            `vocab_parallel_linear_cross_entropy`.
+        logits_in_eval: whether `outputs.logits` are whole in evaluation (`model.eval()` and no gradient), as a metric
+            needs them; False evaluates as it trains, without.
 
-    Returns the installed loss: `.remove()` undoes it, as does leaving it as a context manager. Raises `ValueError`
-    for wrong options, a model that has a loss installed already, and one that `check_model` refuses.
-    Collectives: those of the loss; where logits are gathered from a sharded head, two all-gathers.
+    Returns:
+        The installed loss: `.remove()` undoes it, as does leaving it as a context manager.
+
+    Raises:
+        ValueError: for wrong options, or a model that has a loss installed already.
+        UnsupportedModel: for a model that `check_model` refuses.
+
+    Collectives:
+        None here. In a forward those of the loss; where logits are gathered from a sharded head, two all-gathers.
     """
     options = LossOptions(label_smoothing, ignore_index, "mean", z_loss, logit_softcap)
     if problem := options.problem() or chunk_bytes_problem(chunk_bytes) or _prior_problem(smoothing_prior):
@@ -56,8 +72,8 @@ def install_smoothed_loss(
             f"this model caps its logits at {own} itself, got logit_softcap={logit_softcap}; leave it out"
         )
     options = replace(options, logit_softcap=logit_softcap if own is None else own)
-    asked = Installation(options, head, smoothing_prior, on_stats, chunk_bytes, logits_in_eval)
-    return InstalledLoss(model, asked)
+    settings = Installation(options, head, smoothing_prior, on_stats, chunk_bytes, logits_in_eval)
+    return InstalledLoss(model, settings)
 
 
 def _prior_problem(prior) -> str | None:
@@ -68,20 +84,35 @@ def _prior_problem(prior) -> str | None:
 
 
 def check_model(model: nn.Module, head: str) -> None:
-    """Raise `UnsupportedModel` if this causal LM's loss cannot be replaced, or its output head not be such a `head`.
+    """Raise if this causal LM's loss cannot be replaced, or its output head cannot serve as this `head`.
 
-    A loss cannot be replaced that is not a causal LM's, or that the model adds a z-loss of its own to. A head cannot
-    be fused that is no plain linear layer, or whose logits the model scales; what it does without saying so in its
+    A loss cannot be replaced that is not a causal LM's, or that the model adds a z-loss of its own to. A head cannot be
+    fused that is no plain linear layer, or whose logits the model scales; what a model does without saying so in its
     configuration raises in the first forward.
+
+    Args:
+        model: a Hugging Face causal LM.
+        head: "fused", "sharded" or "dense".
+
+    Raises:
+        ValueError: for another `head`.
+        UnsupportedModel: for a model that does not support it.
     """
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-    if problem := smoothing_fault(model) or (fusing_fault(model) if head == "fused" else None):
+    if problem := smoothing_problem(model) or (fusing_problem(model) if head == "fused" else None):
         raise UnsupportedModel(problem)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The causal LM itself, perhaps in a DeepSpeed engine or a PEFT wrapper: what has `loss_function` and a head."""
+    """Return the causal LM inside a DeepSpeed engine or a PEFT wrapper: what has `loss_function` and a head.
+
+    Args:
+        model: the causal LM, or what wraps it.
+
+    Raises:
+        UnsupportedModel: if there is none.
+    """
     # by its type: an engine answers for any attribute of its module, but setting one there does not reach the module
     if not hasattr(type(model), "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module

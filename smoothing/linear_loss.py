@@ -42,30 +42,55 @@ def vocab_parallel_linear_cross_entropy(
     chunk_bytes: int | None = None,
     label_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """`vocab_parallel_cross_entropy(hidden @ weight.T + bias, ...)` without the logits; same options, same loss.
+    """Compute `vocab_parallel_cross_entropy(hidden @ weight.T + bias, ...)` without making the logits.
 
         loss = lse(z) - (1-ε)·z_y - ε·(h·w̄ + b̄) + z_loss·lse(z)²,     w̄ = Σ_v u_v W_v,  b̄ = Σ_v u_v b_v
 
-    `hidden` `[..., H]`, alike on all ranks; `weight` `[S, H]` and `bias` `[S]`, this rank's rows. Each rank ends with
-    the whole gradient of `hidden` (the ranks' parts are summed here) and that of its own rows. `target` as in
-    `vocab_parallel_cross_entropy`; only rows with a label are looked at. The head works through them in chunks whose
-    logits fit `chunk_bytes` (at least one row; None: a quarter of the weight's size in fp32, or 16 MiB; on a device
-    half of it, or 256 MiB). Under autocast it computes in autocast's dtype, as `F.linear` does; products
-    accumulate in fp32.
+    Tokens with a label go through the head in chunks. Under autocast it computes in autocast's dtype, as `F.linear`
+    does; matrix products accumulate in fp32. Each rank ends with the whole gradient of `hidden` (the ranks' parts are
+    summed here) and that of its own rows of `weight` and `bias`.
 
-    With a scalar reduction the gradients are computed along with the loss: three products in all, two if `weight` or
-    `hidden` is frozen, one without grad. `reduction="none"` computes logits anew in backward: four. Gradients of
-    `weight` are summed in fp32, the smoothing part algebraically, and rounded to its dtype once; an upstream factor
-    other than 1 rounds once more. A scalar loss can be differentiated once; doing so again raises `RuntimeError`.
+    With a scalar reduction the gradients are computed along with the loss: three matrix products in all, two if
+    `weight` or `hidden` is frozen, one without grad. `reduction="none"` computes the logits anew in backward: four.
+    Gradients of `weight` are summed in fp32, the smoothing part algebraically, and rounded to its dtype once; an
+    upstream gradient other than 1 rounds once more.
 
-    Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
-    arguments are wrong or the ranks' differ.
-    Collectives, C chunks of n tokens: one all-gather of 72 bytes; with smoothing, but no softcap, one all-reduce of
-    H+1 numbers; C all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a
-    gradient, C all-reduces of n·H numbers (in backward with `reduction="none"`).
-    On a device the host waits once, to count the labelled tokens, unless `label_tokens` says how many they are (a
-    wrong number raises as a wrong target does); and once more the first time that several ranks use a shard. Not
-    while a CUDA graph is captured on one rank, whose replays may have other labels, and more or fewer.
+    Args:
+        hidden: `[..., H]` fp32, bf16, fp16 or fp64, alike on all ranks.
+        weight: `[S, H]` floating point: this rank's rows, padding included.
+        target: labels, `[...]` int64 global ids, or probabilities `[..., S]` floating point (this rank's columns).
+        shard: which columns this rank holds, and whose group holds the rest; None for a whole vocabulary on one rank.
+        bias: `[S]` floating point: this rank's rows; None: none.
+        label_smoothing: ε, in [0, 1].
+        ignore_index: label of tokens that have none; they take part in nothing.
+        reduction: "mean" divides by the number of labelled tokens, or by `num_items_in_batch`; "sum"; "none" gives
+            one loss a token. Without any labelled token the loss is 0.0, connected to the graph.
+        num_items_in_batch: what "mean" divides by instead, one number; a tensor is not read on the host.
+        smoothing_prior: `[S]` floating point, this rank's slice of a distribution over the vocabulary; None: uniform.
+        z_loss: weight of `lse(z)²`, at least 0.
+        logit_softcap: `cap` of `cap·tanh(z / cap)`, applied to the logits first; None: none.
+        return_stats: also return per-token statistics.
+        chunk_bytes: what the logits of a chunk may take (at least one token goes in); None: a quarter of the weight's
+            size in fp32, or 16 MiB; on a device half of it, or 256 MiB.
+        label_tokens: how many tokens have a label; on a device the host then need not wait for their count. A wrong
+            number raises as a wrong target does.
+
+    Returns:
+        The loss, `[]` or `[...]`, fp32 (fp64 for fp64 inputs); with `return_stats`, `(loss, TokenStats)`.
+
+    Raises:
+        ValueError: on every rank, if any rank's arguments are wrong or the ranks' differ (targets on a device: a
+            device-side assertion).
+        RuntimeError: in the second backward of a scalar loss, whose gradients are handed over once.
+
+    Collectives:
+        For C chunks of n tokens: one all-gather of 72 bytes; with smoothing, but no softcap, one all-reduce of H+1
+        numbers; C all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a
+        gradient, C all-reduces of n·H numbers (in backward with `reduction="none"`).
+
+        On a device the host waits once, to count the labelled tokens, unless `label_tokens` is passed; and once more
+        the first time that several ranks use a shard. Not while a CUDA graph is captured on one rank, whose replays
+        may have other labels, and more or fewer.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     try:

@@ -31,21 +31,38 @@ def vocab_parallel_cross_entropy(
     return_stats: bool = False,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Label-smoothed cross entropy of this rank's logits `[..., S]`; the same loss, to the bit, on every rank.
+    """Compute the label-smoothed cross entropy of sharded logits; the same loss, to the bit, on every rank.
 
         loss = lse(z) - (1-ε)·z_y - ε·Σ_v u_v z_v + z_loss·lse(z)²,     u_v = 1/vocab_size unless given
 
-    `target`: int64 global ids `[...]`, or probabilities `[..., S]` (this rank's columns). `smoothing_prior`: `[S]`,
-    this rank's slice of a distribution over the vocabulary. `reduction="mean"` divides by the number of targets
-    that are not `ignore_index`, or by `num_items_in_batch`; without any such target the loss is 0.0, connected to
-    the graph. `inplace_backward=True` lets the gradient take the logits' memory; otherwise they stay as they were.
-    Logits: fp32, bf16, fp16 (the loss is fp32) or fp64 (the loss is fp64), any leading shape.
+    Args:
+        logits: `[..., S]` fp32, bf16, fp16 or fp64: this rank's columns, padding included.
+        target: labels, `[...]` int64 global ids, or probabilities `[..., S]` floating point (this rank's columns).
+        shard: which columns this rank holds, and whose group holds the rest; None for a whole vocabulary on one rank.
+        label_smoothing: ε, in [0, 1].
+        ignore_index: label of tokens that have none; they take part in nothing.
+        reduction: "mean" divides by the number of labelled tokens, or by `num_items_in_batch`; "sum"; "none" gives
+            one loss a token. Without any labelled token the loss is 0.0, connected to the graph.
+        num_items_in_batch: what "mean" divides by instead, one number; a tensor is not read on the host.
+        smoothing_prior: `[S]` floating point, this rank's slice of a distribution over the vocabulary; None: uniform.
+        z_loss: weight of `lse(z)²`, at least 0.
+        logit_softcap: `cap` of `cap·tanh(z / cap)`, applied to the logits first; None: none.
+        return_stats: also return per-token statistics.
+        inplace_backward: let the gradient take the logits' memory; otherwise they stay as they were.
 
-    Returns the loss, or `(loss, TokenStats)` with `return_stats`. Raises `ValueError` on every rank if any rank's
-    arguments are wrong or the ranks' differ (targets on a device: a device-side assertion).
-    Collectives: forward one all-gather of 16 bytes a token (20 with probabilities) and 72 a call from each rank,
-    and once for each `VocabShard` one of 72 bytes; backward none.
-    Source: Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.
+    Returns:
+        The loss, `[]` or `[...]`, fp32 (fp64 for fp64 logits); with `return_stats`, `(loss, TokenStats)`.
+
+    Raises:
+        ValueError: on every rank, if any rank's arguments are wrong or the ranks' differ (targets on a device: a
+            device-side assertion).
+
+    Collectives:
+        Forward: one all-gather of 16 bytes a token (20 with probabilities; twice that in fp64) and 72 a call from each
+        rank, and once for each `VocabShard` one of 72 bytes. Backward: none.
+
+    Source:
+        Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.
     """
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
     try:
@@ -82,7 +99,22 @@ def _checked(logits, target, shard, options: LossOptions, prior, num_items_in_ba
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options) -> Tensor | tuple[Tensor, TokenStats]:
-    """`vocab_parallel_cross_entropy` of full logits `[..., V]` on one device, same options. No collectives."""
+    """Compute the loss of `vocab_parallel_cross_entropy` from full logits on one device.
+
+    Args:
+        logits: `[..., V]` fp32, bf16, fp16 or fp64.
+        target: labels, `[...]` int64, or probabilities `[..., V]` floating point.
+        **options: keyword arguments of `vocab_parallel_cross_entropy`.
+
+    Returns:
+        The loss; with `return_stats=True`, `(loss, TokenStats)`.
+
+    Raises:
+        ValueError: if an argument is wrong.
+
+    Collectives:
+        None.
+    """
     return vocab_parallel_cross_entropy(logits, target, None, **options)
 
 

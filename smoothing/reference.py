@@ -15,7 +15,17 @@ from smoothing.core.options import DEFAULT_IGNORE_INDEX
 def torch_cross_entropy(
     logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = DEFAULT_IGNORE_INDEX
 ) -> Tensor:
-    """PyTorch's: `F.cross_entropy(label_smoothing=)`."""
+    """PyTorch's `F.cross_entropy(label_smoothing=)`.
+
+    Args:
+        logits_TV: `[T, V]` floating point.
+        target_T: `[T]` int64.
+        label_smoothing: ε, in [0, 1].
+        ignore_index: label of tokens that have none.
+
+    Returns:
+        The mean over the labelled tokens, `[]`, in the logits' dtype.
+    """
     return F.cross_entropy(logits_TV, target_T, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
 
@@ -24,8 +34,18 @@ def hf_label_smoother(
 ) -> Tensor:
     """Hugging Face's `LabelSmoother`: `(1-ε)·nll + ε·mean_v(-log p_v)`, each averaged over labelled tokens.
 
-    Source: `transformers.trainer_pt_utils.LabelSmoother`; stated anew so that `smoothing` needs torch alone.
-    A test holds this function to the original.
+    Args:
+        logits_TV: `[T, V]` floating point.
+        target_T: `[T]` int64.
+        label_smoothing: ε, in [0, 1].
+        ignore_index: label of tokens that have none.
+
+    Returns:
+        The mean over the labelled tokens, `[]`, in the logits' dtype.
+
+    Source:
+        `transformers.trainer_pt_utils.LabelSmoother`; written anew so that `smoothing` needs torch alone. A test holds
+        this function to the original.
     """
     log_probs_TV = F.log_softmax(logits_TV, dim=-1)
     ignored_T = target_T == ignore_index
@@ -40,7 +60,17 @@ def hf_label_smoother(
 def onehot_cross_entropy(
     logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = DEFAULT_IGNORE_INDEX
 ) -> Tensor:
-    """Cross entropy against the smoothed labels `onehot·(1-ε) + ε/V`, written out."""
+    """Cross entropy against the smoothed labels `onehot·(1-ε) + ε/V`, written out.
+
+    Args:
+        logits_TV: `[T, V]` floating point.
+        target_T: `[T]` int64.
+        label_smoothing: ε, in [0, 1].
+        ignore_index: label of tokens that have none.
+
+    Returns:
+        The mean over the labelled tokens, `[]`, in the logits' dtype.
+    """
     labelled_T = target_T != ignore_index
     logits_TV, target_T = logits_TV[labelled_T], target_T[labelled_T]
     vocab_size = logits_TV.shape[-1]

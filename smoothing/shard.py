@@ -10,10 +10,21 @@ import torch.distributed as dist
 class VocabShard:
     """Columns `[start, stop)` of a vocabulary of `vocab_size`, shared with the ranks of `group`.
 
-    `vocab_size` is the real one. Columns at or past it are padding: they take part in nothing and get exactly
-    zero gradient. Shards may be uneven, and one may be all padding. `group=None`: this rank is alone and
-    holds the whole vocabulary. Raises `ValueError` at once only in that case; with a group the bounds are
-    checked where all ranks compare theirs, in the first loss, so that they fail together.
+    Columns at or past `vocab_size` are padding: they take part in nothing and get exactly zero gradient. Shards may be
+    uneven, and one may be all padding.
+
+    Args:
+        start: first column that this rank holds.
+        stop: one past its last column.
+        vocab_size: columns of the vocabulary, without padding.
+        group: process group whose ranks hold the vocabulary; None: this rank holds all of it.
+
+    Raises:
+        ValueError: for wrong bounds, at once only without a group; with one they are checked where all ranks compare
+            theirs, in the first loss, so that the ranks fail together.
+
+    Collectives:
+        None.
     """
 
     start: int
@@ -29,25 +40,25 @@ class VocabShard:
 
     @classmethod
     def whole(cls, vocab_size: int) -> "VocabShard":
-        """The whole vocabulary on one rank."""
+        """Return the whole vocabulary on one rank."""
         return cls(0, vocab_size, vocab_size)
 
     @classmethod
     def split(cls, vocab_size: int, group: dist.ProcessGroup) -> "VocabShard":
-        """This rank's part of the near-even split over `group`, as DeepSpeed's AutoTP makes it."""
+        """Return this rank's part of the near-even split over `group`, as DeepSpeed's AutoTP makes it."""
         start, stop = cls.bounds(vocab_size, dist.get_world_size(group))[dist.get_rank(group)]
         return cls(start, stop, vocab_size, group)
 
     @classmethod
     def of(cls, head) -> "VocabShard":
-        """The shard that a DeepSpeed `VocabParallelLinear` holds."""
+        """Return the shard that a DeepSpeed `VocabParallelLinear` holds."""
         if head.mp_group is None or dist.get_world_size(head.mp_group) == 1:
             return cls.whole(head.vocab_size)
         return cls(head.vocab_start_index, head.vocab_end_index, head.vocab_size, head.mp_group)
 
     @staticmethod
     def bounds(vocab_size: int, world_size: int) -> list[tuple[int, int]]:
-        """`[(start, stop), ...]` of the near-even split: the first `vocab_size % world_size` get one more."""
+        """Return `[(start, stop), ...]` of the near-even split: the first `vocab_size % world_size` get one more."""
         size, more = divmod(vocab_size, world_size)
         starts = [rank * size + min(rank, more) for rank in range(world_size + 1)]
         return list(pairwise(starts))

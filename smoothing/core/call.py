@@ -21,10 +21,14 @@ _headers: dict[tuple[Header, torch.device], Tensor] = {}
 
 
 class TokenStats(NamedTuple):
-    """What is known of each token at no further cost, each of the target's shape, detached; 0 where ignored.
+    """Statistics of each token at no further cost, each of the target's shape, detached; 0 where it is ignored.
 
-    `nll`: unsmoothed loss. `lse`: log Σ exp z. `confidence`: the largest probability. `correct`: the target
-    attains the largest logit (None where targets are distributions). `valid`: the token has a label.
+    Attributes:
+        nll: unsmoothed loss; for probabilities of mass m it is `m·lse - Σ p_v z_v`. Floats have the loss's dtype.
+        lse: `log Σ exp z`.
+        confidence: the largest probability.
+        correct: bool, whether the target attains the largest logit; None where targets are probabilities.
+        valid: bool, whether the token has a label.
     """
 
     nll: Tensor

@@ -1,9 +1,9 @@
 """One forward of a model with a loss installed: what it was given for the loss, and what its output head gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ class Labels(NamedTuple):
     num_items_in_batch: int | Tensor | None = None
 
     @classmethod
-    def of(cls, arguments: dict) -> "Labels":
+    def of(cls, arguments: Mapping[str, Any]) -> "Labels":
         return cls(*map(arguments.get, cls._fields))
 
     @property
@@ -27,10 +27,13 @@ class Labels(NamedTuple):
 
     def target(self, ignore_index: int) -> Tensor:
         """`[B, L]`: what each position is to predict."""
-        return shifted(self.labels, ignore_index) if self.shift_labels is None else self.shift_labels
+        if self.shift_labels is not None:
+            return self.shift_labels
+        assert self.labels is not None, "only where labels are given"
+        return shifted(self.labels, ignore_index)
 
     def same(self, other: "Labels", ignore_index: int) -> bool:
-        """Whether these ask for one loss. Where they are not the same tensors, their values are read on the host."""
+        """Return whether these mean the same loss; the values of tensors that are not the same are read on the host."""
         if all(own is its for own, its in zip(self, other, strict=True)):
             return True
         if (self.num_items_in_batch is None) != (other.num_items_in_batch is None):
@@ -55,14 +58,14 @@ class Gives(Enum):
 
 
 @dataclass
-class Turn:
-    """One forward. `loss`: `hidden, head -> []`, where that is what the head gives.
+class ForwardState:
+    """One forward of the model. `loss`: `hidden, lm_head -> []`, where that is what the head gives.
 
-    `loss_asked`: the model has called its `loss_function`.
+    `loss_called`: the model has called its `loss_function`.
     """
 
     gives: Gives = Gives.ALL_LOGITS
     labels: Labels = field(default_factory=Labels)
     loss: Callable[[Tensor, nn.Module], Tensor] | None = None
     placeholder: Tensor | None = None
-    loss_asked: bool = False
+    loss_called: bool = False

@@ -14,21 +14,21 @@ from smoothing.core.options import LossOptions
 from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import vocab_parallel_cross_entropy
 from smoothing.model.dense_loss import dense_cross_entropy
-from smoothing.model.forward_state import Gives, Labels, Turn
+from smoothing.model.forward_state import ForwardState, Gives, Labels
 from smoothing.model.output_head import OutputHead
 from smoothing.model.support import UnsupportedModel, is_sharded, own_softcap
 from smoothing.shard import VocabShard
 
 OnStats = Callable[[TokenStats], None]
 OWN_LOSS = (
-    "this model computes its loss itself, not by its loss_function, so that none can be installed in its place; take "
-    "its logits and smoothing.vocab_parallel_cross_entropy"
+    "this model computes its loss itself, not by its loss_function, so no other loss can be installed; pass its "
+    "logits to smoothing.vocab_parallel_cross_entropy instead"
 )
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What was asked of `install_smoothed_loss`, which documents it."""
+    """The arguments of `install_smoothed_loss`, which documents them."""
 
     options: LossOptions
     head: str
@@ -39,13 +39,16 @@ class Installation:
 
 
 class InstalledLoss:
-    """A causal LM's `loss_function`, and the way back to its own."""
+    """The smoothed loss in the place of a causal LM's `loss_function`, until `remove`; also a context manager.
 
-    def __init__(self, model: nn.Module, asked: Installation):
-        self.model, self.asked = model, asked
-        head = model.get_output_embeddings()
-        self.shard = VocabShard.of(head) if is_sharded(head) else None
-        self._head = OutputHead(head, self.shard, own_softcap(model))
+    `install_smoothed_loss` makes it. A model calls it with its logits and labels, as it calls any `loss_function`.
+    """
+
+    def __init__(self, model: nn.Module, settings: Installation):
+        self.model, self.settings = model, settings
+        lm_head = model.get_output_embeddings()
+        self.shard = VocabShard.of(lm_head) if is_sharded(lm_head) else None
+        self._lm_head = OutputHead(lm_head, self.shard, own_softcap(model))
         self._own_loss = vars(model).get("_loss_function")
         self._own_forward = vars(model).get("forward")
         self._forward = _Forward(model, self._with_its_loss)
@@ -58,7 +61,7 @@ class InstalledLoss:
         if not self._installed:
             return
         self._installed = False
-        self._head.remove()
+        self._lm_head.remove()
         if vars(self.model).get("forward") is self._forward:  # else another wrapped it: it passes through from now on
             del self.model.forward
             if self._own_forward is not None:
@@ -78,101 +81,103 @@ class InstalledLoss:
         self, logits, labels=None, vocab_size=None, num_items_in_batch=None, shift_labels=None, **_
     ) -> Tensor:
         """What a Hugging Face causal LM calls: `logits` `[B, L, S]` predict the label one position on."""
-        self._head.turn.loss_asked = True
-        if self._head.turn.placeholder is not None:
+        self._lm_head.forward_state.loss_called = True
+        if self._lm_head.forward_state.placeholder is not None:
             self._check_vocabulary(vocab_size)
             self._check_labels(Labels(labels, shift_labels, num_items_in_batch))
-            return self._head.loss_behind(logits)
-        target = Labels(labels, shift_labels).target(self.asked.options.ignore_index).to(logits.device)
-        options = self._options(num_items_in_batch)
-        if self.asked.head == "dense":
-            value, stats = dense_cross_entropy(logits, target, **options)
+            return self._lm_head.loss_behind(logits)
+        target = Labels(labels, shift_labels).target(self.settings.options.ignore_index).to(logits.device)
+        kwargs = self._common_kwargs(num_items_in_batch)
+        if self.settings.head == "dense":
+            value, stats = dense_cross_entropy(logits, target, **kwargs)
         else:
             # the model's own softcap is in its logits already
-            cap = self.asked.options.logit_softcap if self._head.softcap is None else None
+            cap = self.settings.options.logit_softcap if self._lm_head.softcap is None else None
             whole = self.shard is None or logits.shape[-1] == self.shard.vocab_size
-            options |= self._extras() | {"logit_softcap": cap, "return_stats": True}
-            value, stats = vocab_parallel_cross_entropy(logits, target, None if whole else self.shard, **options)
-        self._tell(stats)
+            kwargs |= self._extra_kwargs() | {"logit_softcap": cap, "return_stats": True}
+            value, stats = vocab_parallel_cross_entropy(logits, target, None if whole else self.shard, **kwargs)
+        self._report(stats)
         return value
 
     def _with_its_loss(self, forward: Callable, given: dict, *args, **kwargs):
         """The model's forward `forward(*args, **kwargs)`, whose arguments by name are `given`."""
         if not self._installed:
             return forward(*args, **kwargs)
-        turn = self._turn(Labels.of(given), given.get("label_tokens"))
+        state = self._forward_state(Labels.of(given), given.get("label_tokens"))
         try:
-            with self._head.giving(turn):
+            with self._lm_head.giving(state):
                 outputs = forward(*args, **kwargs)
-        except Exception as fault:
-            if turn.placeholder is None or turn.loss_asked or isinstance(fault, UnsupportedModel):
+        except Exception as error:
+            if state.placeholder is None or state.loss_called or isinstance(error, UnsupportedModel):
                 raise
-            raise UnsupportedModel(OWN_LOSS) from fault  # it took the placeholder for logits
-        if turn.labels.given and not turn.loss_asked:
+            raise UnsupportedModel(OWN_LOSS) from error  # it took the placeholder for logits
+        if state.labels.given and not state.loss_called:
             raise UnsupportedModel(OWN_LOSS)
-        return outputs if turn.placeholder is None else _without_logits(outputs)
+        return outputs if state.placeholder is None else _without_logits(outputs)
 
-    def _turn(self, labels: Labels, label_tokens: int | None) -> Turn:
+    def _forward_state(self, labels: Labels, label_tokens: int | None) -> ForwardState:
         """What the head is to give in a forward with these labels."""
         evaluation = not self.model.training and not torch.is_grad_enabled()
-        if not labels.given or self.asked.head == "dense" or (evaluation and self.asked.logits_in_eval):
-            return Turn(Gives.ALL_LOGITS, labels)
-        if self.asked.head == "sharded":
-            return Turn(Gives.OWN_LOGITS, labels)
-        target = labels.target(self.asked.options.ignore_index)
-        asked = {"target": target, "num_items": labels.num_items_in_batch, "label_tokens": label_tokens}
-        return Turn(Gives.LOSS, labels, functools.partial(self._loss_from_hidden, **asked))
+        if not labels.given or self.settings.head == "dense" or (evaluation and self.settings.logits_in_eval):
+            return ForwardState(Gives.ALL_LOGITS, labels)
+        if self.settings.head == "sharded":
+            return ForwardState(Gives.OWN_LOGITS, labels)
+        target = labels.target(self.settings.options.ignore_index)
+        kwargs = {"target": target, "num_items": labels.num_items_in_batch, "label_tokens": label_tokens}
+        return ForwardState(Gives.LOSS, labels, functools.partial(self._loss_from_hidden, **kwargs))
 
-    def _loss_from_hidden(self, hidden: Tensor, head: nn.Module, target: Tensor, num_items, label_tokens) -> Tensor:
+    def _loss_from_hidden(
+        self, hidden: Tensor, lm_head: nn.Module, target: Tensor, num_items, label_tokens
+    ) -> Tensor:
         """What the head computes in place of logits. `hidden` `[B, L, H]`, `target` `[B, L]`."""
         value, stats = vocab_parallel_linear_cross_entropy(
             hidden,
-            head.weight,
+            lm_head.weight,
             target.to(hidden.device),
             self.shard,
-            bias=head.bias,
-            logit_softcap=self.asked.options.logit_softcap,
-            chunk_bytes=self.asked.chunk_bytes,
+            bias=lm_head.bias,
+            logit_softcap=self.settings.options.logit_softcap,
+            chunk_bytes=self.settings.chunk_bytes,
             label_tokens=label_tokens,
             return_stats=True,
-            **self._options(num_items),
-            **self._extras(),
+            **self._common_kwargs(num_items),
+            **self._extra_kwargs(),
         )
-        self._tell(stats)
+        self._report(stats)
         return value
 
-    def _options(self, num_items) -> dict:
-        """What every loss is told; smoothed only where the model trains."""
-        options = self.asked.options
+    def _common_kwargs(self, num_items) -> dict:
+        """What is passed to every loss; smoothed only where the model trains."""
+        options = self.settings.options
         return {
             "label_smoothing": options.label_smoothing if self.model.training else 0.0,
             "ignore_index": options.ignore_index,
             "num_items_in_batch": num_items,
         }
 
-    def _extras(self) -> dict:
-        """What `F.cross_entropy` does not have, and evaluation neither."""
+    def _extra_kwargs(self) -> dict:
+        """What is passed besides, which neither `F.cross_entropy` nor evaluation has."""
         training = self.model.training
         return {
-            "smoothing_prior": self.asked.prior if training else None,
-            "z_loss": self.asked.options.z_loss if training else 0.0,
+            "smoothing_prior": self.settings.prior if training else None,
+            "z_loss": self.settings.options.z_loss if training else 0.0,
         }
 
-    def _tell(self, stats: TokenStats) -> None:
-        if self.asked.on_stats is not None:
-            self.asked.on_stats(stats)
+    def _report(self, stats: TokenStats) -> None:
+        if self.settings.on_stats is not None:
+            self.settings.on_stats(stats)
 
     def _check_vocabulary(self, vocab_size: int | None) -> None:
-        held = self._head.head.out_features if self.shard is None else self.shard.vocab_size
+        held = self._lm_head.lm_head.out_features if self.shard is None else self.shard.vocab_size
         if vocab_size is not None and vocab_size != held:
             raise UnsupportedModel(
                 f"this model takes its loss over {vocab_size} of its head's {held} logits, which head='fused' does "
                 "not; use head='sharded', without tensor parallelism"
             )
 
-    def _check_labels(self, asked: Labels) -> None:
-        """The head has computed the loss of the labels that the model was given: hold them to those asked for."""
-        if not asked.same(self._head.turn.labels, self.asked.options.ignore_index):
+    def _check_labels(self, labels: Labels) -> None:
+        """Raise unless these are the labels that the model was given, whose loss the head has computed."""
+        if not labels.same(self._lm_head.forward_state.labels, self.settings.options.ignore_index):
             raise UnsupportedModel(
                 "this model takes its loss of other labels than it was given, or divides it by another number, which "
                 "head='fused' does not; use head='sharded'"
@@ -194,7 +199,7 @@ class _Forward:
 
 
 def _without_logits(outputs):
-    """A model's outputs with None in place of the placeholder, so that nobody takes it for logits."""
+    """A model's outputs with None in place of the placeholder, so that it is not taken for logits."""
     if isinstance(outputs, tuple):
         return outputs[0], None, *outputs[2:]
     return replace(outputs, logits=None) if getattr(outputs, "logits", None) is not None else outputs

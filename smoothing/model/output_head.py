@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from smoothing.model.forward_state import Gives, Turn
+from smoothing.model.forward_state import ForwardState, Gives
 from smoothing.model.gather_logits import gather_logits
 from smoothing.model.support import UnsupportedModel
 from smoothing.shard import VocabShard
@@ -17,51 +17,51 @@ PROBES = (-2, 9, 5)
 
 
 class OutputHead:
-    """Replaces `head.forward` until `remove`.
+    """Replaces `lm_head.forward` until `remove`.
 
     It happens in the head's own forward, so whatever gathers its weight (the hooks of ZeRO-3) and waits for its
     gradient works as for a plain head. `softcap`: what the model itself caps its logits with, after the head.
     """
 
-    def __init__(self, head: nn.Module, shard: VocabShard | None, softcap: float | None):
-        self.head, self.shard, self.softcap = head, shard, softcap
-        self.turn = Turn()
+    def __init__(self, lm_head: nn.Module, shard: VocabShard | None, softcap: float | None):
+        self.lm_head, self.shard, self.softcap = lm_head, shard, softcap
+        self.forward_state = ForwardState()
         self._probed = False
-        self._own = vars(head).get("forward")
-        self._plain = head.forward
-        head.forward = self.forward
+        self._own = vars(lm_head).get("forward")
+        self._plain = lm_head.forward
+        lm_head.forward = self.forward
 
     def remove(self) -> None:
         """Put back the head's own forward."""
         if self._own is not None:
-            self.head.forward = self._own
+            self.lm_head.forward = self._own
         else:
-            vars(self.head).pop("forward", None)
+            vars(self.lm_head).pop("forward", None)
 
     @contextmanager
-    def giving(self, turn: Turn) -> Iterator[None]:
-        """For one forward of the model; a turn ends with it, also where it raises."""
-        before, self.turn = self.turn, turn
+    def giving(self, forward_state: ForwardState) -> Iterator[None]:
+        """Hold the state of one forward of the model; it ends with that forward, also where that raises."""
+        before, self.forward_state = self.forward_state, forward_state
         try:
             yield
         finally:
-            self.turn = before
+            self.forward_state = before
 
     def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-        """In the place of `head.forward`. Collectives: two all-gathers for all logits of a sharded head."""
-        turn = self.turn
-        if turn.gives is Gives.LOSS:
-            if turn.placeholder is not None:
+        """Runs in the place of `lm_head.forward`. Collectives: two all-gathers for all logits of a sharded head."""
+        state = self.forward_state
+        if state.gives is Gives.LOSS:
+            if state.placeholder is not None:
                 raise UnsupportedModel(
                     "this model calls its output head more than once in a forward, and head='fused' cannot tell "
                     "which call its labels are for; use head='sharded'"
                 )
-            loss = turn.loss(hidden, self.head)
+            loss = state.loss(hidden, self.lm_head)
             probes = torch.arange(*PROBES, dtype=loss.dtype, device=loss.device)
-            turn.placeholder = torch.cat([loss.view(1), probes]).view(1, 1, -1)
-            return turn.placeholder
+            state.placeholder = torch.cat([loss.view(1), probes]).view(1, 1, -1)
+            return state.placeholder
         logits = self._plain(hidden, *args, **kwargs)
-        if self.shard is not None and turn.gives is Gives.ALL_LOGITS:
+        if self.shard is not None and state.gives is Gives.ALL_LOGITS:
             return gather_logits(logits, self.shard)
         return logits
 
@@ -70,7 +70,7 @@ class OutputHead:
 
         Raises `UnsupportedModel` if the model did more to it than its softcap: so it would have changed its logits.
         """
-        placeholder = self.turn.placeholder.flatten()
+        placeholder = self.forward_state.placeholder.flatten()
         seen = logits.flatten()
         if not self._probed or logits.device.type == "cpu":  # on a device it costs a synchronisation, hence once
             cap, probes = self.softcap, placeholder[1:].detach()

@@ -11,13 +11,13 @@ CAUSAL_LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
 
 
 class UnsupportedModel(ValueError):
-    """A loss, or the head that was asked for, cannot be installed in this model."""
+    """The loss, or the `head` that was passed, cannot be installed in this model."""
 
 
-def smoothing_fault(model: nn.Module) -> str | None:
-    """Why no loss can stand in for this model's own, or None."""
+def smoothing_problem(model: nn.Module) -> str | None:
+    """Return why no loss can stand in for this model's own, or None."""
     if (loss_type := getattr(model, "loss_type", None)) not in CAUSAL_LOSSES:
-        return f"expected a causal LM, whose logits predict the next label; the loss of this one is {loss_type}"
+        return f"expected a causal LM, whose logits predict the next label, got a model with the loss {loss_type}"
     if (coefficient := _setting(model, ("z_loss_coefficient",))) not in (None, 0):
         return (
             f"this model adds a z-loss of its own logits (z_loss_coefficient={coefficient}) to any loss; set it to 0 "
@@ -26,13 +26,13 @@ def smoothing_fault(model: nn.Module) -> str | None:
     return None
 
 
-def fusing_fault(model: nn.Module) -> str | None:
-    """Why the output head of this model cannot compute its loss, or None."""
-    head = model.get_output_embeddings()
-    if not (is_sharded(head) or type(head) is nn.Linear):
+def fusing_problem(model: nn.Module) -> str | None:
+    """Return why the output head of this model cannot compute its loss, or None."""
+    lm_head = model.get_output_embeddings()
+    if not (is_sharded(lm_head) or type(lm_head) is nn.Linear):
         return (
             f"head='fused' needs a plain nn.Linear or DeepSpeed's VocabParallelLinear as output head, got "
-            f"{type(head).__name__}; use head='sharded'"
+            f"{type(lm_head).__name__}; use head='sharded'"
         )
     for name in SCALES:
         if (scale := _setting(model, (name,))) not in (None, 1):
@@ -48,9 +48,9 @@ def own_softcap(model: nn.Module) -> float | None:
     return _setting(model, SOFTCAPS)
 
 
-def is_sharded(head: nn.Module) -> bool:
+def is_sharded(lm_head: nn.Module) -> bool:
     """Whether this output head is DeepSpeed's, which gives a rank's own logits."""
-    return getattr(head, "is_vocab_parallel_lm_head", False)
+    return getattr(lm_head, "is_vocab_parallel_lm_head", False)
 
 
 def _setting(model: nn.Module, names: tuple[str, ...]):
