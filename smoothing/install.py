@@ -86,9 +86,9 @@ def _prior_problem(prior) -> str | None:
 def check_model(model: nn.Module, head: str) -> None:
     """Raise if this causal LM's loss cannot be replaced, or its output head cannot serve as this `head`.
 
-    A loss cannot be replaced that is not a causal LM's, or that the model adds a z-loss of its own to. A head cannot be
-    fused that is no plain linear layer, or whose logits the model scales; what a model does without saying so in its
-    configuration raises in the first forward.
+    A loss cannot be replaced that is not a causal LM's, or that the model adds a z-loss of its own to. A head cannot
+    be fused that is no plain linear layer, or whose logits the model scales; what a model does without saying so in
+    its configuration raises in the first forward.
 
     Args:
         model: a Hugging Face causal LM.

@@ -58,8 +58,8 @@ def vocab_parallel_cross_entropy(
             device-side assertion).
 
     Collectives:
-        Forward: one all-gather of 16 bytes a token (20 with probabilities; twice that in fp64) and 72 a call from each
-        rank, and once for each `VocabShard` one of 72 bytes. Backward: none.
+        Forward: one all-gather of 16 bytes a token (20 with probabilities; twice that in fp64) and 72 a call from
+        each rank, and once for each `VocabShard` one of 72 bytes. Backward: none.
 
     Source:
         Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.

@@ -44,8 +44,8 @@ def hf_label_smoother(
         The mean over the labelled tokens, `[]`, in the logits' dtype.
 
     Source:
-        `transformers.trainer_pt_utils.LabelSmoother`; written anew so that `smoothing` needs torch alone. A test holds
-        this function to the original.
+        `transformers.trainer_pt_utils.LabelSmoother`; written anew so that `smoothing` needs torch alone. A test
+        holds this function to the original.
     """
     log_probs_TV = F.log_softmax(logits_TV, dim=-1)
     ignored_T = target_T == ignore_index

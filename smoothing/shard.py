@@ -10,8 +10,8 @@ import torch.distributed as dist
 class VocabShard:
     """Columns `[start, stop)` of a vocabulary of `vocab_size`, shared with the ranks of `group`.
 
-    Columns at or past `vocab_size` are padding: they take part in nothing and get exactly zero gradient. Shards may be
-    uneven, and one may be all padding.
+    Columns at or past `vocab_size` are padding: they take part in nothing and get exactly zero gradient. Shards may
+    be uneven, and one may be all padding.
 
     Args:
         start: first column that this rank holds.

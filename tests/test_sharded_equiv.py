@@ -256,11 +256,11 @@ def test_no_valid_target_gives_zero_still_on_the_graph(ranks, name, how):
 
 def statistics(case: Case, dtype=torch.float64, leading=()):
     logits, target, options = case.share(dist.get_rank(), dtype)
-    logits, target = logits.reshape(*leading, -1, logits.shape[-1]), target.reshape(*leading, -1)
+    logits, target = (x.reshape(*leading, -1, *x.shape[1:]) for x in (logits, target))
     logits.requires_grad_()
     loss, stats = vocab_parallel_cross_entropy(logits, target, my_shard(case), return_stats=True, **options)
     fields = {name: getattr(stats, name) for name in ("nll", "lse", "confidence", "correct", "valid")}
-    attached = [name for name, value in fields.items() if value.requires_grad]
+    attached = [name for name, value in fields.items() if value is not None and value.requires_grad]
     return loss.detach(), fields, isinstance(stats, TokenStats), attached
 
 
@@ -291,6 +291,16 @@ def test_statistics(ranks, name, leading):
             torch.testing.assert_close(
                 fields[field], value, rtol=1e-12, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}"
             )
+
+
+@pytest.mark.parametrize("name", ["soft-unequal-masses", "soft-prior-padded"])
+def test_statistics_of_probabilities(ranks, name):
+    """The unsmoothed loss of rows that sum to 1, or to another mass: 0.5, 2, 0."""
+    case = CASES[name](ranks.size)
+    truth = dense_losses(case.logits, case.target, case.vocab_size)
+    for _, fields, _, _ in ranks.run(statistics, case):
+        assert fields["correct"] is None and fields["valid"].all()
+        torch.testing.assert_close(fields["nll"], truth, rtol=1e-12, atol=1e-12)
 
 
 # The tensors it is given.

@@ -33,7 +33,7 @@ class Labels(NamedTuple):
         return shifted(self.labels, ignore_index)
 
     def same(self, other: "Labels", ignore_index: int) -> bool:
-        """Return whether these mean the same loss; the values of tensors that are not the same are read on the host."""
+        """Return whether these mean the same loss; values of tensors that are not the same are read on the host."""
         if all(own is its for own, its in zip(self, other, strict=True)):
             return True
         if (self.num_items_in_batch is None) != (other.num_items_in_batch is None):

@@ -777,6 +777,41 @@ def test_ranks_hold_the_same_bits_of_a_large_hidden_gradient():
     assert all(torch.equal(r["hidden"], results[0]["hidden"]) for r in results)
 
 
+def in_pairs(case: Case, how: str) -> dict:
+    """Ranks 0, 1 and ranks 2, 3 work apart, each pair on the whole vocabulary and on hidden states of its own."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair, rank = divmod(dist.get_rank(), 2)
+    shard = VocabShard(*case.bounds[rank], case.vocab_size, pairs[pair])
+    hidden, weight, bias = pair_problem(case, pair).tensors(torch.float64, slice(*case.bounds[rank]))
+    loss = vocab_parallel_linear_cross_entropy(
+        hidden, weight, case.target, shard, bias=bias, reduction=how, chunk_bytes=600, **case.options
+    )
+    (loss if how == "mean" else loss * upstream_for(case)).sum().backward()
+    return {"loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+
+
+def pair_problem(case: Case, pair: int) -> Problem:
+    problem = Problem(case, bias=True, seed=1 + pair)
+    problem.hidden *= 1 + pair
+    return problem
+
+
+@pytest.mark.parametrize("how", ["mean", "none"])
+def test_two_groups_side_by_side(how):
+    """Sums over ranks (the mean row, the gradient of hidden states) stay within the shard's group."""
+    case = build(2, label_smoothing=0.3)
+    results = pool(4).run(in_pairs, case, how)
+    for pair in (0, 1):
+        leaves = pair_problem(case, pair).tensors(torch.float64)
+        losses = dense_losses(F.linear(*leaves), case.target, case.vocab_size, **case.options)
+        truth = losses.sum() / case.valid.sum() if how == "mean" else losses
+        (truth if how == "mean" else truth * upstream_for(case)).sum().backward()
+        got = joined(results[2 * pair : 2 * pair + 2])
+        for name, leaf in zip(("hidden", "weight", "bias"), leaves, strict=True):
+            torch.testing.assert_close(got[name], leaf.grad, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got["loss"], truth.detach(), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("how", ["mean", "none"])
 def test_told_how_many_labels_there_are_it_does_the_same(name, how):

@@ -284,6 +284,22 @@ def test_compiled_models():
     assert_same((output.loss.detach(), grads), expected)
 
 
+@pytest.mark.parametrize("head", ["fused", "sharded", "dense"])
+def test_the_label_at_position_0_is_never_predicted(head):
+    """No logits stand before it: it is neither counted nor learned, and the last position learns no label."""
+    model, inputs, seen = model_of(), batch(), []
+    inputs["labels"] = inputs["input_ids"].clone()
+    others = inputs | {"labels": inputs["labels"].clone()}
+    others["labels"][:, 0] = (others["labels"][:, 0] + 7) % VOCAB
+    logits = model(**{name: x for name, x in inputs.items() if name != "labels"}).logits[:, :-1]
+    truth = F.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    with install_smoothed_loss(model, head=head, on_stats=seen.append):
+        for given in (inputs, others):
+            torch.testing.assert_close(model(**given).loss, truth)
+    for stats in seen:
+        assert stats.valid[:, :-1].all() and not stats.valid[:, -1].any()
+
+
 def test_num_items_and_shift_labels():
     model, inputs = model_of(), batch()
     shifted = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
