@@ -29,7 +29,7 @@ from launch.common.errors import UserError
 from launch.common.paths import DROPPED, MODEL
 from launch.config.command_line import parse_options
 from launch.config.recipe import resolved
-from launch.data.prepare import load_data
+from launch.data.load import load_data
 from launch.data.records import DropReport
 from launch.preflight.checks import check_run
 from launch.process.exit import run_to_its_end

@@ -1,6 +1,4 @@
-"""The model and tokenizer of a run: loaded, or built from a configuration and trained on the data."""
-
-from pathlib import Path
+"""The model of a run: loaded, or built from a configuration, and checked."""
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -8,7 +6,6 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -17,33 +14,11 @@ from launch.common.errors import UserError
 from launch.common.library_patches import without_tensor_parallel
 from launch.common.messages import error_line, shortened, typed_error_line
 from launch.config.options import SftOptions
-from launch.data.train_tokenizer import train_tokenizer
+from launch.data.tokenizer import check_model_path
 from launch.model.build import build_model
 from launch.process.exit import has_one_line
 from launch.process.ranks import say
 from smoothing.install import causal_lm, check_model
-
-
-def load_tokenizer(options: SftOptions, texts) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or one trained on `texts()`."""
-    if options.model is None:
-        return train_tokenizer(texts(), options.tokenizer_size)
-    _check_there(options.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
-    except StrictDataclassError as fault:
-        raise UserError(f"--model {options.model}: its config.json: {error_line(fault)}") from None
-    except Exception as fault:  # whatever its files make a library stumble over
-        raise UserError(
-            f"no tokenizer could be loaded from --model {options.model}: {typed_error_line(fault)}"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {options.model} has no end-of-sequence token, so nothing could learn to stop"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked out of attention and of the loss
-    return tokenizer
 
 
 def load_model(
@@ -67,7 +42,7 @@ def load_model(
 
 
 def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
-    _check_there(options.model)
+    check_model_path(options.model)
     try:
         with without_tensor_parallel():
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -100,15 +75,6 @@ def _check_loaded(model: str, found: dict) -> None:
         )
     if unknown:
         say(f"{len(unknown)} weights of {model} have no place in its configuration: {shortened(', '.join(unknown))}")
-
-
-def _check_there(model: str) -> None:
-    """transformers asks the hub for what is no directory, and then speaks of a repository's name."""
-    path = Path(model)
-    if path.is_file():
-        raise UserError(f"--model {model} is a file; name the directory that it stands in")
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1):
-        raise UserError(f"--model {model}: there is no such directory")
 
 
 def _check_causal(config) -> None:

@@ -20,7 +20,7 @@ from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
 from launch.data.batches import PadToLongest
-from launch.data.prepare import load_data
+from launch.data.load import load_data
 from launch.model.load import load_model
 from launch.preflight.memory import Setup, estimate
 from launch.preflight.split import simulate_split

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from launch.common.errors import UserError
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments
-from launch.data.load import EncodedData
+from launch.data.encode import EncodedData
 from launch.process.ranks import on_all_ranks
 
 

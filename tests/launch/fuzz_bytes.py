@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["launch"]):
     from launch.config.command_line import parse_options
     from launch.config.deepspeed import deepspeed_config
     from launch.config.options import SftOptions
-    from launch.data.load import read_examples
+    from launch.data.read import read_examples
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 SEEDS = [

@@ -19,7 +19,8 @@ from launch.config.command_line import parse_options
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments
-from launch.data.load import encode_examples, read_examples
+from launch.data.encode import encode_examples
+from launch.data.read import read_examples
 from launch.data.records import DataError
 from launch.data.train_tokenizer import train_tokenizer
 from smoothing import VocabShard, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy

@@ -6,7 +6,8 @@ import pytest
 
 from launch.common.errors import Reject
 from launch.common.messages import did_you_mean, error_line, one_line, printable, shortened, typed_error_line
-from launch.data.load import load_sft_data, read_examples
+from launch.data.encode import encode_examples
+from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport
 from launch.data.sources.files import read_records
 from launch.data.train_tokenizer import train_tokenizer
@@ -70,7 +71,7 @@ def test_a_row_of_the_report_is_one_line():
 def test_a_file_name_of_two_lines(tmp_path):
     path = tmp_path / "a\nb.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
-    data = load_sft_data(str(path), vocab_size=300)
+    data = encode_examples(read_examples(str(path)), train_tokenizer(["a b"], 300), 64)
     assert data.train["where"][:] == [f"{tmp_path}/a\\nb.jsonl:1"]
 
 
@@ -88,7 +89,7 @@ LONG = {
 def test_what_a_row_holds_is_cut_in_the_report(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + line)
-    report = load_sft_data(str(path), tokenizer=train_tokenizer(["some words"], 300)).report
+    report = encode_examples(read_examples(str(path)), train_tokenizer(["some words"], 300), 512).report
     (rejected,) = report.rejections
     assert 0 < len(rejected.detail) <= 80 and rejected.detail.endswith("...")
 

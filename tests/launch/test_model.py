@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.common.errors import UserError
 from launch.config.options import SftOptions
+from launch.data.tokenizer import load_tokenizer
 from launch.data.train_tokenizer import train_tokenizer
-from launch.model.load import load_model, load_tokenizer
+from launch.model.load import load_model
 from launch.training.export import assert_complete
 from smoothing import UnsupportedModel
 
@@ -119,9 +120,9 @@ def test_a_model_that_is_not_there(tokenizer):
 
 @pytest.mark.parametrize("model", ["/nope/x", "a/b/c", "~/nowhere", "nowhere/"])
 def test_a_path_that_is_not_there(tokenizer, model):
-    with pytest.raises(UserError, match=f"--model {model}: there is no such directory"):
+    with pytest.raises(UserError, match=f"--model {model}: no such directory"):
         load_tokenizer(SftOptions(model=model), list)
-    with pytest.raises(UserError, match=f"--model {model}: there is no such directory"):
+    with pytest.raises(UserError, match=f"--model {model}: no such directory"):
         load_model(SftOptions(model=model), tokenizer, torch.float32, seed=0)
 
 

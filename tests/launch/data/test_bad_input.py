@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from launch.data.load import encode_examples, load_sft_data, read_examples
+from launch.data.encode import EncodedData, encode_examples
+from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport
 from launch.data.sources.files import read_records
 from launch.data.train_tokenizer import train_tokenizer
@@ -20,6 +21,10 @@ GOOD = b'{"prompt": "a", "completion": "b"}\n'
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["some words to learn from, in a sentence\n"] * 5, 300)
+
+
+def load(path: str, tokenizer, max_length: int = 512, strict: bool = False) -> EncodedData:
+    return encode_examples(read_examples(path, strict=strict), tokenizer, max_length, strict)
 
 
 def row(**fields) -> bytes:
@@ -100,7 +105,7 @@ def test_strict_names_the_bad_line(tmp_path, tokenizer, line, reason):
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + line)
     with pytest.raises(DataError) as caught:
-        load_sft_data(str(path), tokenizer=tokenizer, max_length=64, strict=True)
+        load(str(path), tokenizer, 64, strict=True)
     assert str(caught.value).startswith(f"{path}:2: {reason}")
 
 
@@ -109,7 +114,7 @@ def test_nothing_but_bad_lines_is_an_error(tmp_path, tokenizer, line, reason):
     path = tmp_path / "data.jsonl"
     path.write_bytes(line)
     with pytest.raises(DataError, match=r"No training rows are left|No format is recognised"):
-        load_sft_data(str(path), tokenizer=tokenizer, max_length=64)
+        load(str(path), tokenizer, 64)
 
 
 def test_a_line_that_never_ends_is_passed_over(tmp_path):
@@ -149,7 +154,7 @@ def test_bad_file_is_an_error_that_names_it(tmp_path, tokenizer, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load_sft_data(str(path), tokenizer=tokenizer)
+        load(str(path), tokenizer)
     assert str(path) in str(caught.value)
 
 
@@ -266,7 +271,7 @@ def test_parquet_with_null_and_number(tmp_path, tokenizer):
     path = tmp_path / "a.parquet"
     rows = [{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    data = load_sft_data(str(path), tokenizer=tokenizer)
+    data = load(str(path), tokenizer)
     assert data.train["where"][:] == [f"{path}:2"]
     assert data.report.counts() == {"completion is not text": 1}
 
@@ -296,7 +301,7 @@ def test_hub_rows_become_records(monkeypatch):
 def test_half_a_character_can_be_shown(tmp_path, tokenizer, capsysbinary):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD + b'{"\\ud800": 1}\n')
-    data = load_sft_data(str(path), tokenizer=tokenizer)
+    data = load(str(path), tokenizer)
     say(data.report.summary())
     assert rb"\ud800" in capsysbinary.readouterr().out
 
@@ -305,7 +310,7 @@ def test_a_file_name_that_is_not_utf8(tmp_path, tokenizer):
     path = os.fsencode(tmp_path) + b"/bad\xff.jsonl"
     with open(path, "wb") as file:
         file.write(GOOD * 2)
-    data = load_sft_data(os.fsdecode(path), tokenizer=tokenizer)
+    data = load(os.fsdecode(path), tokenizer)
     assert data.train["where"][0].endswith(r"bad\udcff.jsonl:1")
 
 
@@ -317,4 +322,4 @@ def test_parquet_with_a_time_past_all_calendars(tmp_path, tokenizer, kind):
     table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": wild})
     pyarrow.parquet.write_table(table, path)
     with pytest.raises(DataError, match="cannot be read"):
-        load_sft_data(str(path), tokenizer=tokenizer)
+        load(str(path), tokenizer)

@@ -3,9 +3,9 @@
 import pytest
 
 from launch.common.errors import Reject
-from launch.data.examples.encoding import encode
+from launch.data.encode import encode, encode_examples
 from launch.data.examples.formats import ChatExample
-from launch.data.load import encode_examples, read_examples
+from launch.data.read import read_examples
 from launch.data.records import DataError
 from launch.data.train_tokenizer import train_tokenizer
 

@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from launch.common.errors import Reject
-from launch.data.examples.encoding import encode
+from launch.data.encode import encode, encode_examples
 from launch.data.examples.formats import TextExample, TokenExample, detect_format, to_example
-from launch.data.load import encode_examples, read_examples, training_texts
+from launch.data.read import read_examples, training_texts
 from launch.data.records import DataError
 from launch.data.sources.stdlib_docstrings import docstring_corpus, is_heldout
 from launch.data.train_tokenizer import train_tokenizer
@@ -216,7 +216,7 @@ def test_tokenised_rows_are_used_as_they_are(tokenizer):
 
 
 def test_default_corpus_end_to_end(corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr("launch.data.load.docstring_corpus", lambda: corpus)
+    monkeypatch.setattr("launch.data.read.docstring_corpus", lambda: corpus)
     examples = read_examples(None)
     assert examples.format == "prompt/completion"
     assert {detect_format(record.fields) for record in corpus.train} == {"prompt/completion"}

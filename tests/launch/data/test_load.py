@@ -3,14 +3,20 @@
 import json
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 
 from launch.common.errors import Reject
+from launch.config.options import SftOptions
 from launch.data.batches import PadToLongest
+from launch.data.blank_rows import fill_to_multiple
+from launch.data.encode import COLUMNS, EncodedData, encode_examples
 from launch.data.examples.formats import TextExample
+from launch.data.examples.rows import IGNORED
 from launch.data.examples.special_tokens import SpelledOut
-from launch.data.load import describe_example, encode_examples, load_sft_data, read_examples
+from launch.data.load import describe_example, load_data
+from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport
 from launch.data.train_tokenizer import train_tokenizer
 
@@ -43,7 +49,7 @@ def test_small_data_holds_nothing_out_and_says_so(tmp_path, count, heldout):
 
 def test_eval_source_is_all_held_out(tmp_path):
     source, other = write(tmp_path / "a.jsonl", 30), write(tmp_path / "b.jsonl", 7, start=90)
-    data = load_sft_data(source, eval_source=other, vocab_size=300)
+    _, data = load_data(SftOptions(data=source, eval_data=other, tokenizer_size=300))
     assert (len(data.train), len(data.heldout)) == (30, 7)
     assert data.heldout["where"][0] == f"{other}:1"
 
@@ -115,7 +121,7 @@ def test_no_rows_left_names_every_reason(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "bcdefghij"}\n')
     with pytest.raises(DataError) as caught:
-        load_sft_data(str(path), vocab_size=300, max_length=4)
+        load_data(SftOptions(data=str(path), tokenizer_size=300, max_length=4))
     text = str(caught.value)
     assert "2 rows dropped" in text
     assert f"1 x empty completion: {path}:1" in text
@@ -125,19 +131,19 @@ def test_no_rows_left_names_every_reason(tmp_path):
 def test_tokenised_rows_cannot_train_a_tokenizer(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2], "labels": [-100, 2]}')
     with pytest.raises(DataError, match="tokenised already"):
-        load_sft_data(str(tmp_path / "a.jsonl"))
+        load_data(SftOptions(data=str(tmp_path / "a.jsonl")))
 
 
 def test_columns_are_there_even_where_nothing_is_held_out(tmp_path):
-    data = load_sft_data(write(tmp_path / "a.jsonl", 2), vocab_size=300)
+    _, data = load_data(SftOptions(data=write(tmp_path / "a.jsonl", 2), tokenizer_size=300))
     assert data.heldout.column_names == data.train.column_names == ["input_ids", "labels", "where"]
     assert len(data.heldout) == 0
 
 
 def test_an_example_is_described_with_prompt_and_answer_apart(tmp_path):
     source = write(tmp_path / "a.jsonl", 1, start=7)
-    data = load_sft_data(source, vocab_size=300)
-    lines = describe_example(data.train[0], data.tokenizer).splitlines()
+    tokenizer, data = load_data(SftOptions(data=source, tokenizer_size=300))
+    lines = describe_example(data.train[0], tokenizer).splitlines()
     assert lines[0].startswith(f"{source}:1: ") and lines[0].endswith(" of them learned")
     learned = sum(label != -100 for label in data.train[0]["labels"])
     assert f", {learned} of them" in lines[0]
@@ -185,3 +191,28 @@ def test_collator_adds_nothing_to_a_length_that_fits(multiple_of, longest):
 def test_collator_refuses(rows):
     with pytest.raises(ValueError, match="expected"):
         PadToLongest(0)(rows)
+
+
+def rows_of(*rows: list[int]) -> datasets.Dataset:
+    columns = {"input_ids": list(rows), "labels": list(rows), "where": [f"a:{n}" for n in range(len(rows))]}
+    return datasets.Dataset.from_dict(columns, features=COLUMNS)
+
+
+def test_the_digest_is_of_tokens_labels_and_where_rows_end():
+    def digest(rows: datasets.Dataset) -> str:
+        return EncodedData(rows, rows, DropReport()).digest()
+
+    rows = rows_of([5, 6, 7], [8])
+    assert digest(rows) == digest(rows_of([5, 6, 7], [8]))
+    masked = rows.map(lambda row: {"labels": [IGNORED, *row["labels"][1:]]}, features=COLUMNS)
+    others = [rows_of([5, 6], [7, 8]), rows_of([5, 6, 7, 8]), rows_of([5, 6, 8], [7]), masked]
+    assert len({digest(rows), *map(digest, others)}) == 5
+
+
+@pytest.mark.parametrize(("count", "multiple", "blanks"), [(3, 4, 1), (4, 4, 0), (1, 4, 3), (5, 1, 0)])
+def test_blank_rows_fill_a_batch_and_carry_no_label(count, multiple, blanks):
+    rows = rows_of(*[[5, 6, 7]] * count)
+    filled = fill_to_multiple(rows, multiple, token_id=2)
+    assert len(filled) == count + blanks and filled[:count] == rows[:]
+    for row in list(filled)[count:]:
+        assert row == {"input_ids": [2, 2], "labels": [IGNORED, IGNORED], "where": "blank"}

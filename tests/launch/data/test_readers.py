@@ -12,7 +12,7 @@ import pytest
 
 from launch.common.errors import Reject
 from launch.data.examples.formats import ChatExample, TextExample, TokenExample, detect_format, to_example
-from launch.data.load import read_examples
+from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport, Record
 from launch.data.sources.files import read_records
 
