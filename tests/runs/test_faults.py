@@ -1,9 +1,10 @@
-"""Real launches with real faults: a killed rank, signals, a rank that raises or stands still. Nothing is left over.
+"""Runs that die: a killed rank, signals, a rank that raises or stands still. No process is left over, nothing is lost.
 
-`make torture` does the same fifty times at random moments.
+What a launcher does to its ranks, and what happens before they are imported, is tried with deepspeed's own launcher
+(`Launch`); what the ranks do themselves, with forked ones (`ForkedLaunch`). `make torture` kills fifty times, at
+random moments.
 """
 
-import random
 import signal
 import sys
 from contextlib import suppress
@@ -13,8 +14,7 @@ import psutil
 import pytest
 
 from launch.run.checkpoints import checkpoints, step_of
-from tests.runs.torture import LAYOUTS, SCRIPT, Launch, prepare, tortured, weights
-from tests.support.processes import launcher
+from tests.support.launches import LAYOUTS, SCRIPT, ForkedLaunch, Launch, prepare, weights
 from tests.support.small_run import metrics
 
 START_SECONDS = 120
@@ -32,43 +32,41 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def untouched(folder) -> bytes:
-    tortured(folder, "untouched", LAYOUT, random.Random(0), 0, 0, print)
+    finish(ForkedLaunch(folder, "untouched", LAYOUT))
     return weights(folder / "untouched")
 
 
-def resume(folder: Path, output: str, values=LAYOUT) -> str:
-    """Start the run again and let it end; what was said in all its starts."""
-    launch = Launch(folder, output, values)
+def finish(launch: Launch) -> str:
+    """Let a run end well; what was printed in all its starts."""
     assert launch.gone(300) is not None and launch.launcher.returncode == 0, launch.said()[-4000:]
     return launch.said()
 
 
-def fault(folder: Path, output: str, steps: int, strike, values=LAYOUT, start=None) -> Launch:
-    """Start a run, `strike(launch)` once it has logged so many steps, and see all its processes go."""
-    launch = Launch(folder, output, values, start)
+def strike(launch: Launch, steps: int, blow) -> str:
+    """`blow(launch)` once it has logged so many steps; all its processes go. What was printed in all its starts."""
     try:
         assert launch.until(lambda: launch.steps() >= steps, START_SECONDS), launch.said()[-4000:]
-        strike(launch)
+        blow(launch)
         assert launch.gone() is not None, f"still there: {launch.processes()}\n{launch.said()[-4000:]}"
     finally:
         launch.end()
     assert launch.launcher.returncode != 0
-    return launch
+    return launch.said()
 
 
 def test_a_killed_rank(folder, untouched):
-    launch = fault(folder, "killed", 5, lambda launch: launch.ranks()[1].kill())
-    assert "rank(s) [1] are gone" in launch.said() or "another rank exited" in launch.said()
-    assert "resuming from" in resume(folder, "killed")
+    said = strike(Launch(folder, "killed", LAYOUT), 5, lambda launch: launch.ranks()[1].kill())
+    assert "rank(s) [1] are gone" in said or "another rank exited" in said
+    assert "resuming from" in finish(Launch(folder, "killed", LAYOUT))
     assert weights(folder / "killed") == untouched
 
 
 def test_sigterm_saves_and_stops(folder, untouched):
     """As a scheduler sends it to the launcher, which passes it on to one rank after another."""
-    launch = fault(folder, "terminated", 3, lambda launch: launch.launcher.terminate())
+    said = strike(Launch(folder, "terminated", LAYOUT), 3, lambda launch: launch.launcher.terminate())
     last = step_of(checkpoints(folder / "terminated")[0])
-    assert f"stopped after step {last}" in launch.said() and "Traceback" not in launch.said()
-    assert f"checkpoint-{last}\n" in resume(folder, "terminated")
+    assert f"stopped after step {last}" in said and "Traceback" not in said
+    assert f"checkpoint-{last}\n" in finish(ForkedLaunch(folder, "terminated", LAYOUT))
     assert weights(folder / "terminated") == untouched
 
 
@@ -85,28 +83,37 @@ def test_sigterm_before_anything_has_begun(folder):
 
 
 def test_sigterm_to_one_rank_stops_all(folder):
-    launch = fault(folder, "one-rank", 3, lambda launch: launch.ranks()[1].terminate())
+    said = strike(ForkedLaunch(folder, "one-rank", LAYOUT), 3, lambda launch: launch.ranks()[1].terminate())
     last = step_of(checkpoints(folder / "one-rank")[0])
-    assert f"stopped after step {last}" in launch.said()
+    assert f"stopped after step {last}" in said
 
 
 EVALUATED = LAYOUT | {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1, "max_steps": 4}
 
 
+UNHURRIED = """
+import time
+from launch.process.watchdog import Watchdog
+
+Watchdog.on_prediction_step = lambda self, *args, **kwargs: time.sleep(0.05)
+"""  # two seconds for an evaluation, in which a signal surely falls
+
+
 def test_sigterm_during_an_evaluation(folder):
     """The evaluation is cut, the checkpoint owes it, and the resumed run makes it first."""
     values = EVALUATED | {"eval_data": folder / "train.jsonl", "save_steps": 1000}
-    launch = fault(folder, "evaluating", 2, lambda launch: launch.ranks()[1].terminate(), values)
-    assert "stopped after step 2;" in launch.said() and "Traceback" not in launch.said()
+    launch = ForkedLaunch(folder, "evaluating", values, UNHURRIED)
+    said = strike(launch, 2, lambda launch: launch.ranks()[1].terminate())
+    assert "stopped after step 2;" in said and "Traceback" not in said
     assert not any("eval_nll" in row for row in metrics(folder / "evaluating"))
     assert checkpoints(folder / "evaluating") == [folder / "evaluating/checkpoint-2"]
-    assert "checkpoint-2\n" in resume(folder, "evaluating", values)
+    assert "checkpoint-2\n" in finish(ForkedLaunch(folder, "evaluating", values))
     assert [row["step"] for row in metrics(folder / "evaluating") if "eval_nll" in row] == [2, 4]
 
 
 def test_sigterm_during_the_evaluation_before_the_first_step(folder):
     values = EVALUATED | {"eval_data": folder / "train.jsonl", "eval_on_start": True}
-    launch = Launch(folder, "evaluating-first", values)
+    launch = ForkedLaunch(folder, "evaluating-first", values, UNHURRIED)
     try:
         assert launch.until((launch.output / "deepspeed.json").exists, START_SECONDS), launch.said()
         launch.ranks()[0].terminate()
@@ -120,8 +127,8 @@ def test_sigterm_during_the_evaluation_before_the_first_step(folder):
 def test_a_run_started_by_hand_outlives_its_shell(folder):
     """As with nohup: a shell is no launcher."""
     shell = ["sh", "-c", '"$@" & wait', "sh", sys.executable, SCRIPT]
-    launch = fault(folder, "by-hand", 3, lambda launch: launch.launcher.kill(), {"tp": 1}, shell)
-    assert "the launcher is gone" not in launch.said() and (folder / "by-hand/model").exists()
+    said = strike(Launch(folder, "by-hand", {"tp": 1}, shell), 3, lambda launch: launch.launcher.kill())
+    assert "the launcher is gone" not in said and (folder / "by-hand/model").exists()
 
 
 def test_a_run_of_one_process_listens_for_nobody(folder):
@@ -143,24 +150,26 @@ def test_a_run_of_one_process_listens_for_nobody(folder):
 
 def test_a_rank_that_stands_still_is_named(folder):
     values = LAYOUT | {"stall_timeout": 10, "save_steps": 1000}  # while it saves, it would be given longer
-    launch = fault(folder, "stalled", 3, lambda launch: launch.ranks()[1].send_signal(signal.SIGSTOP), values)
-    said = launch.said()
+    launch = ForkedLaunch(folder, "stalled", values)
+    said = strike(launch, 3, lambda launch: launch.ranks()[1].send_signal(signal.SIGSTOP))
     assert "no progress for" in said and "rank 1 does not answer: stopped" in said
     assert "rank 0 waits in all_" in said or "rank 0 waits in _all_" in said
 
 
-def raising(folder: Path, output: str, method: str, fault: str, step: int = 3) -> str:
-    """A run whose rank 1 raises `fault` in a method of its Trainer, after `step`. What was said; all processes go."""
-    script = folder / f"{output}.py"
-    values = {"root": Path(__file__).resolve().parents[2], "method": method, "fault": fault, "step": step}
-    script.write_text(RAISING.format(**values))
-    launch = Launch(folder, output, LAYOUT, [*launcher(2), str(script)])
+def failing(launch: Launch) -> str:
+    """A run that fails by itself. What was printed; all processes go."""
     try:
         assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
     finally:
         launch.end()
     assert launch.launcher.returncode != 0
     return launch.said()
+
+
+def raising(folder: Path, output: str, method: str, error: str, step: int = 3) -> str:
+    """A run whose rank 1 raises `error` in a method of its Trainer, after `step`."""
+    before = RAISING.format(method=method, error=error, step=step)
+    return failing(ForkedLaunch(folder, output, LAYOUT, before))
 
 
 def test_a_rank_that_raises(folder):
@@ -187,57 +196,36 @@ def test_a_rank_that_raises_before_the_first_step(folder):
 
 
 def test_a_mistake_on_one_rank_alone(folder):
-    """As on two nodes, of which one lacks the data: that rank says so, though it is not the first."""
-    script = folder / "nodes.py"
-    script.write_text(f"import os\nif os.environ['RANK'] == '1':\n    os.chdir('/')\n{STARTED}")
+    """As on two nodes, one of which lacks the data: that rank says so, though it is not the first."""
+    before = f"import os\nos.chdir('/' if os.environ['RANK'] == '1' else {str(folder)!r})"
     (folder / "here.jsonl").write_text((folder / "train.jsonl").read_text())
-    start = ["sh", "-c", f'cd {folder} && exec "$@"', "sh", *launcher(2), str(script)]
-    launch = Launch(folder, "nodes", LAYOUT | {"data": "here.jsonl"}, start)
-    try:
-        assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
-    finally:
-        launch.end()
-    assert launch.launcher.returncode == 2 and "Traceback" not in launch.said()
-    assert "error: rank 1: 'here.jsonl' should be a data file or directory, but there is none" in launch.said()
+    launch = ForkedLaunch(folder, "nodes", LAYOUT | {"data": "here.jsonl"}, before)
+    said = failing(launch)
+    assert launch.launcher.returncode == 2 and "Traceback" not in said
+    assert "error: rank 1: 'here.jsonl' should be a data file or directory, but there is none" in said
 
 
 def test_a_value_that_a_library_refuses(folder):
     """On all ranks alike: said once, as a mistake, before anything is trained."""
-    launch = Launch(folder, "refused", LAYOUT | {"lr_scheduler_kwargs": '{"foo": 1}'})
-    try:
-        assert launch.gone(START_SECONDS) is not None, launch.said()[-4000:]
-    finally:
-        launch.end()
-    said = launch.said()
+    launch = ForkedLaunch(folder, "refused", LAYOUT | {"lr_scheduler_kwargs": '{"foo": 1}'})
+    said = failing(launch)
     assert launch.launcher.returncode == 2 and "Traceback" not in said
     assert said.count("the run cannot start as configured: TypeError: ") == 1 and "argument 'foo'" in said
     assert "foo" in (folder / "refused/traceback-0.txt").read_text()
-    assert resume(folder, "refused") and not (folder / "refused/traceback-0.txt").exists()
+    assert finish(ForkedLaunch(folder, "refused", LAYOUT)) and not (folder / "refused/traceback-0.txt").exists()
 
 
-STARTED = f"""
-import sys
-sys.path[0] = "{Path(__file__).resolve().parents[2]}"
-import launch.sft
-from launch.process.exit import run_to_its_end
-
-run_to_its_end(launch.sft.main, sys.argv[1:])
-"""
 RAISING = """
-import os, sys
-sys.path[0] = "{root}"
-import launch.sft
+import os
 import torch
-from launch.process.exit import run_to_its_end
 from launch.training.trainer import SftTrainer
 
 plain = SftTrainer.{method}
 
 def raises(self, *args, **kwargs):
     if os.environ["RANK"] == "1" and self.state.global_step == {step}:
-        raise {fault}
+        raise {error}
     return plain(self, *args, **kwargs)
 
 SftTrainer.{method} = raises
-run_to_its_end(launch.sft.main, sys.argv[1:])
 """

@@ -13,9 +13,11 @@ import torch
 from launch.preflight import checks as sanity
 from launch.preflight.checks import HeadInput
 from smoothing import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
-from tests.support.processes import ROOT, environment, launcher
+from tests.support.forked import ForkedRuns
+from tests.support.processes import ROOT, environment
 from tests.support.small_run import flags, write_data, write_model
 
+START_SECONDS = 120
 CHANGING = """
 import torch
 from transformers import LlamaForCausalLM
@@ -38,14 +40,23 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def start(folder: Path, **values) -> subprocess.CompletedProcess:
+def start(folder: Path, ranks: int | None = None, **values) -> tuple[int, str]:
+    """Run `python launch/sft.py` in a fork, or with so many ranks; its exit code and what it printed."""
     given = {"data": folder / "train.jsonl", "max_length": 96, "per_device_train_batch_size": 4} | values
-    command = [sys.executable, str(ROOT / "launch/sft.py"), "--sanity", *flags(given)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
+    log = folder / f"started-{len(list(folder.glob('started-*.log')))}.log"
+    runs = ForkedRuns(ranks, [flags(given) if ranks else ["--sanity", *flags(given)]], log, cwd=folder)
+    try:
+        return runs.wait(START_SECONDS), log.read_text()
+    finally:
+        runs.end()
 
 
 def test_a_sound_run_passes(folder):
-    done = start(folder, model=folder / "model-tied", smoothing=0.1, tp=3)
+    """As a user starts it."""
+    given = {"data": folder / "train.jsonl", "max_length": 96, "per_device_train_batch_size": 4}
+    given |= {"model": folder / "model-tied", "smoothing": 0.1, "tp": 3}
+    command = [sys.executable, str(ROOT / "launch/sft.py"), "--sanity", *flags(given)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("│ pass │") == 13 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
     assert not (folder / "runs").exists()
@@ -65,22 +76,20 @@ def changing(folder) -> Path:
 
 
 def test_a_model_whose_head_cannot_be_fused(folder, changing):
-    done = start(folder, model=changing, trust_remote_code=True, head="sharded", smoothing=0.1)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "changes its logits between output head and loss" in " ".join(done.stdout.split())
+    code, printed = start(folder, model=changing, trust_remote_code=True, head="sharded", smoothing=0.1)
+    assert code == 0, printed
+    assert "changes its logits between output head and loss" in " ".join(printed.split())
 
 
 def test_training_it_with_the_fused_head_is_refused_in_a_sentence(folder, changing):
-    given = {"model": changing, "data": folder / "train.jsonl", "trust_remote_code": True, "max_length": 96}
-    command = [*launcher(1), str(ROOT / "launch/sft.py"), *flags(given | {"output_dir": folder / "refused"})]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
-    assert done.returncode == 2 and "use head='sharded' (the flag is --head)" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    code, printed = start(folder, 1, model=changing, trust_remote_code=True, output_dir=folder / "refused")
+    assert code == 2 and "use head='sharded' (the flag is --head)" in printed
+    assert "Traceback" not in printed
 
 
 def test_what_it_cannot_check_is_a_sentence(folder):
-    done = start(folder, model=folder / "nowhere")
-    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+    code, printed = start(folder, model=folder / "nowhere")
+    assert code == 2 and "error: " in printed and "Traceback" not in printed
 
 
 @pytest.fixture
@@ -133,5 +142,5 @@ def test_masks(labels, passed):
 
 
 def test_what_the_run_would_refuse(folder):
-    done = start(folder, fp16="true", zero=0)
-    assert done.returncode == 2 and "--fp16 needs --zero 1 or more" in done.stderr
+    code, printed = start(folder, fp16="true", zero=0)
+    assert code == 2 and "--fp16 needs --zero 1 or more" in printed
