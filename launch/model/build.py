@@ -1,4 +1,4 @@
-"""A model of random weights from `--model_config`: what cannot be built is a sentence, before memory is asked for."""
+"""A model of random weights from `--model_config`, refused in one line if it cannot be built or does not fit."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ MOST_LAYERS = 4096  # each is Python objects even without its weights: these tak
 
 
 def build_model(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """Raises `UserError` for whatever transformers, or this machine's memory, cannot make a causal LM of."""
+    """Build a causal LM. Raises `UserError` if transformers or this machine's memory cannot."""
     given = options.model_config
     config_class = _config_class(given)
     values = {name: value for name, value in given.items() if name != "model_type"}
@@ -58,9 +58,9 @@ def build_model(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except UserError:
         raise
-    except Exception as fault:  # a configuration is wrong in more ways than transformers has errors for
-        raise UserError(f"--model_config: {_reason(fault, given)}") from None
-    # the ranks share the weights out among each other, so that what fails here may be another rank's end
+    except Exception as error:  # a configuration can be wrong in more ways than transformers checks
+        raise UserError(f"--model_config: {_reason(error, given)}") from None
+    # the ranks partition the weights together, so an error here may be that another rank exited
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -68,14 +68,14 @@ def _config_class(given: dict) -> type[PreTrainedConfig]:
     model_type = given.get("model_type")
     if model_type is None:
         raise UserError("--model_config needs a model_type, for example llama")
-    if model_type not in list(CONFIG_MAPPING):  # a list, as what came may not be hashable
+    if model_type not in list(CONFIG_MAPPING):  # a list, since the value may not be hashable
         near = (
             did_you_mean(model_type, CONFIG_MAPPING) or "; those of transformers are lower-case names such as llama"
         )
         raise UserError(f"--model_config: unknown model_type {model_type!r}{near}")
     config_class = CONFIG_MAPPING[model_type]
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"--model_config: model_type {model_type!r} is no causal language model; take one, as llama")
+        raise UserError(f"--model_config: model_type {model_type!r} is not a causal LM; use one, such as llama")
     return config_class
 
 
@@ -101,7 +101,7 @@ def _check_dtype(values: dict) -> None:
 
 
 def _check_keys(given: dict, config_class: type[PreTrainedConfig]) -> None:
-    """transformers takes a misspelt key in silence, and the model is not the one that was asked for."""
+    """Refuse a misspelt key, which transformers ignores silently."""
     known = config_class().to_dict().keys() | config_class.attribute_map.keys()
     for name in given.keys() - known:
         raise UserError(
@@ -110,7 +110,7 @@ def _check_keys(given: dict, config_class: type[PreTrainedConfig]) -> None:
 
 
 def _check_heads(config: PreTrainedConfig) -> None:
-    """Attention repeats each key and value for as many queries; a remainder fails in the first forward."""
+    """Refuse a number of heads that key-value heads do not divide; it would fail in the first forward."""
     text = config.get_text_config()
     heads, shared = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
@@ -120,25 +120,25 @@ def _check_heads(config: PreTrainedConfig) -> None:
 
 
 def _check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Build it without weights, which finds most mistakes, and compare what they would take with what there is."""
+    """Build the model without weights, which finds most errors, and compare its size with this machine's memory."""
     with weightless():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    there = psutil.virtual_memory().total
-    if needed > there * (world_size() if is_deepspeed_zero3_enabled() else 1):
+    available = psutil.virtual_memory().total
+    if needed > available * (world_size() if is_deepspeed_zero3_enabled() else 1):
         raise UserError(
             f"--model_config: {model.num_parameters():,} parameters take {needed / GIB:,.0f} GiB and this machine "
-            f"has {there / GIB:,.0f}; choose smaller ones of vocab_size, hidden_size and num_hidden_layers"
+            f"has {available / GIB:,.0f}; choose smaller ones of vocab_size, hidden_size and num_hidden_layers"
         )
 
 
-def _reason(fault: Exception, given: dict) -> str:
-    if isinstance(fault, KeyError):  # a name that is looked up in a table, and no more is said than the name
+def _reason(error: Exception, given: dict) -> str:
+    if isinstance(error, KeyError):  # a lookup of a name in a table; the error is the name alone
         for key, value in _leaves(given):
-            if value == fault.args[0]:
+            if value == error.args[0]:
                 return f"{key}: there is no {value!r}{did_you_mean(value, [*ACT2FN, *ROPE_INIT_FUNCTIONS])}"
-    kind = "" if isinstance(fault, ValueError | TypeError) else f"{type(fault).__name__}: "
-    return f"{kind}{error_line(fault)}"
+    kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+    return f"{kind}{error_line(error)}"
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -57,7 +57,7 @@ def test_the_vocabulary_is_the_tokenizers_and_the_seed_decides(tokenizer):
         ({"model_type": "lama"}, ("unknown model_type 'lama'", "did you mean 'llama'")),
         ({"model_type": "Zz"}, ("unknown model_type 'Zz'", "llama")),
         ({"model_type": ["llama"]}, ("unknown model_type ['llama']",)),
-        ({"model_type": "vit"}, ("'vit' is no causal language model",)),
+        ({"model_type": "vit"}, ("'vit' is not a causal LM",)),
         ({"model_type": "bert"}, ("bert is an encoder", "is_decoder true")),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, ("gemma2 looks ahead", "needs it false")),
         ({"model_type": "reformer"}, ("--model_config",)),
@@ -67,7 +67,7 @@ def test_the_vocabulary_is_the_tokenizers_and_the_seed_decides(tokenizer):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_mistakes_in_a_configuration(tokenizer, values, words):
+def test_errors_in_a_configuration(tokenizer, values, words):
     with pytest.raises(UserError) as fault:
         build(tokenizer, **values)
     assert "\n" not in str(fault.value) and len(str(fault.value)) < 600
