@@ -12,7 +12,7 @@ from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
 from launch.data.batches import PadToLongest
 from launch.data.blank_rows import fill_to_multiple
-from launch.data.load import EncodedData
+from launch.data.encode import EncodedData
 from launch.data.sampler import GroupedByLength
 from launch.model.load import load_model
 from launch.process.device import uses_gpu
