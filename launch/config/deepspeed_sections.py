@@ -96,7 +96,7 @@ def check_optimizer(given: Any, offloaded: bool, where: str) -> None:
     if kind.lower() != "muon":  # its keys are spread over two optimizers, and importing it compiles kernels
         defaults = _parameters(_optimizer(kind, bool(params.get("torch_adam")), offloaded))
         defaults |= SWITCHES.get(kind.lower(), {})
-        _check_params(params, defaults, FILLED["optimizer"], f"{where}.params")
+        _check_params(params, defaults, "optimizer", f"{where}.params")
 
 
 def check_scheduler(given: Any, where: str) -> None:
@@ -106,7 +106,7 @@ def check_scheduler(given: Any, where: str) -> None:
     if kind not in classes:
         raise UserError(f"{where}.type: no scheduler is named {kind!r}{did_you_mean(kind, classes)}")
     defaults = _parameters(classes[kind])
-    _check_params(params, defaults, FILLED["scheduler"], f"{where}.params")
+    _check_params(params, defaults, "scheduler", f"{where}.params")
     for name, default in defaults.items():
         if default is inspect.Parameter.empty and name not in params:
             auto = ', "auto" for example' if name in FILLED["scheduler"] else ""
@@ -213,15 +213,15 @@ def _parameters(made: type) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name not in ("last_batch_iteration", "last_epoch")}
 
 
-def _check_params(params: dict, defaults: dict[str, Any], filled: set[str], where: str) -> None:
+def _check_params(params: dict, defaults: dict[str, Any], section: str, where: str) -> None:
     for name, value in params.items():
         if name not in defaults:
             raise unknown_key(where, name, defaults)
-        if value == AUTO and name in filled:
+        if value == AUTO and name in FILLED[section]:
             continue
         if value == AUTO:
             raise UserError(f'{where}.{name} cannot be "auto": nobody fills it in; give a value or leave it out')
-        if isinstance(value, list) and not isinstance(defaults[name], tuple) and "scheduler" in where:
+        if isinstance(value, list) and not isinstance(defaults[name], tuple) and section == "scheduler":
             continue  # one value for each group of parameters
         check_like(value, defaults[name], f"{where}.{name}")
 

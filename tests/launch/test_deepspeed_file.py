@@ -119,6 +119,17 @@ def test_a_mistake_is_a_sentence_with_its_key(read, content, words):
         assert word in str(fault.value)
 
 
+@pytest.mark.parametrize("name", ["ds.json", "my-scheduler.json"])
+def test_one_value_for_each_group_is_for_schedulers_alone(tmp_path, name):
+    """Whatever the file's name is."""
+    path = tmp_path / name
+    path.write_text(json.dumps(adam(lr=[0.1, 0.2])))
+    with pytest.raises(UserError, match=r"optimizer\.params\.lr must be a number, got \[0\.1, 0\.2\]"):
+        deepspeed_config(SftOptions(model="somewhere"), str(path), 1)
+    path.write_text(json.dumps({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [0.1, 0.2]}}}))
+    deepspeed_config(SftOptions(model="somewhere"), str(path), 1)
+
+
 @pytest.mark.parametrize(
     "content",
     [
