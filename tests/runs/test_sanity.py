@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.preflight import checks as sanity
-from launch.preflight.checks import HeadInput
+from launch.preflight import loss_checks
+from launch.preflight.loss_checks import HeadInput
+from launch.preflight.model_checks import check_mask
 from smoothing import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 from tests.support.forked import ForkedRuns
 from tests.support.processes import ROOT, environment
@@ -99,25 +100,25 @@ def given() -> HeadInput:
 
 
 def test_heads_that_forget_the_smoothing_fail(given, monkeypatch):
-    assert all(check.passed for check in sanity.check_heads(given))
+    assert all(check.passed for check in loss_checks.check_heads(given))
 
     def forgetful(loss):
         return lambda *args, label_smoothing, **kwargs: loss(*args, **kwargs)
 
     for loss in (vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy):
-        monkeypatch.setattr(sanity, loss.__name__, forgetful(loss))
-    assert not any(check.passed for check in sanity.check_heads(given))
+        monkeypatch.setattr(loss_checks, loss.__name__, forgetful(loss))
+    assert not any(check.passed for check in loss_checks.check_heads(given))
 
 
 def test_a_split_that_says_something_else_fails(given, monkeypatch):
-    assert sanity.check_split(given, 2).passed
-    plain = sanity.simulate_split
-    monkeypatch.setattr(sanity, "simulate_split", lambda z, y, epsilon, ranks: plain(z, y, 0.0, ranks))
-    assert not sanity.check_split(given, 2).passed
+    assert loss_checks.check_split(given, 2).passed
+    plain = loss_checks.simulate_split
+    monkeypatch.setattr(loss_checks, "simulate_split", lambda z, y, epsilon, ranks: plain(z, y, 0.0, ranks))
+    assert not loss_checks.check_split(given, 2).passed
     ignored = replace(given, target_T=torch.full_like(given.target_T, 10**6))
-    monkeypatch.setattr(sanity, "simulate_split", plain)
+    monkeypatch.setattr(loss_checks, "simulate_split", plain)
     with pytest.raises(IndexError):
-        sanity.check_split(ignored, 2)
+        loss_checks.check_split(ignored, 2)
 
 
 def batch(labels: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -138,7 +139,7 @@ def batch(labels: list[list[int]]) -> dict[str, torch.Tensor]:
     ],
 )
 def test_masks(labels, passed):
-    assert sanity.check_mask(batch(labels)).passed is passed
+    assert check_mask(batch(labels)).passed is passed
 
 
 def test_what_the_run_would_refuse(folder):

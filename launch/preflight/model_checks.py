@@ -1,0 +1,81 @@
+"""Checks of the run's own model and batch: what is learned, the installed loss, and whether it can learn at all."""
+
+import torch
+from torch import Tensor
+
+from launch.config.options import SftOptions
+from launch.data.examples.rows import IGNORED
+from launch.preflight.table import Check
+from smoothing import UnsupportedModel, install_smoothed_loss
+from smoothing.install import HEADS
+from smoothing.model.forward_state import shifted
+from smoothing.reference import torch_cross_entropy
+
+OVERFIT_STEPS = 20  # at each rate, until the nll is halved
+OVERFIT_RATES = (1e-4, 1e-3, 5e-3)  # the last alone for a model of random weights
+OVERFIT_PARAMETERS = 300_000_000
+
+
+def check_mask(batch: dict[str, Tensor]) -> Check:
+    labels, ids, real = batch["labels"], batch["input_ids"], batch["attention_mask"].bool()
+    learned = labels != IGNORED
+    right = bool(learned[:, 1:].any(1).all()) and bool((labels[learned] == ids[learned]).all())
+    right = right and not bool(learned[~real].any())
+    share = learned.sum().item() / real.sum().item()
+    return Check("label mask", f"{share:.0%} of {real.sum().item():,} tokens are learned", "every row some", right)
+
+
+def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> list[Check]:
+    """The model's loss with each head installed, against the reference on its own logits."""
+    checks = []
+    model.train()
+    torch.manual_seed(0)  # here and below: the same dropout masks, where a model has dropout
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    target = shifted(batch["labels"], IGNORED).flatten()
+    labelled = target != IGNORED  # logits of all positions in fp64 may be more than a run ever holds
+    truth = torch_cross_entropy(logits.flatten(0, 1)[labelled].double(), target[labelled], options.smoothing).item()
+    tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
+    for head in HEADS:
+        torch.manual_seed(0)
+        try:
+            with install_smoothed_loss(model, label_smoothing=options.smoothing, head=head), torch.no_grad():
+                loss = model(**batch).loss.item()
+        except UnsupportedModel as error:
+            checks.append(
+                Check(f"model with the {head} head", str(error), "", False if head == options.head else None)
+            )
+            continue
+        difference = abs(loss - truth) / abs(truth)
+        figure = f"loss {loss:.6f}, reference {truth:.6f}"
+        checks.append(Check(f"model with the {head} head", figure, f"{tolerance:.0e}", difference <= tolerance))
+    return checks
+
+
+def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check:
+    """Some steps on one batch: the nll must fall by half. The last layers only, where a model is large."""
+    chosen, count = [], 0
+    for parameter in reversed(list(model.parameters())):
+        count += parameter.numel()
+        if chosen and count > OVERFIT_PARAMETERS:
+            parameter.requires_grad_(False)
+        else:
+            chosen.append(parameter)
+    rates = OVERFIT_RATES if options.model is not None else OVERFIT_RATES[-1:]
+    nll = []
+
+    def note(stats) -> None:
+        nll.append((stats.nll.sum() / stats.valid.sum()).item())
+
+    model.train()
+    with install_smoothed_loss(model, label_smoothing=options.smoothing, head=options.head, on_stats=note):
+        for rate in rates:
+            optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
+            for _ in range(OVERFIT_STEPS):
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if nll[-1] < nll[0] / 2:
+                break
+    figure = f"nll {nll[0]:.3f} -> {nll[-1]:.3f} in {len(nll)} steps"
+    return Check("overfits one batch", figure, "half", nll[-1] < nll[0] / 2)
