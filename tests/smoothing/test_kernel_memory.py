@@ -6,6 +6,7 @@ that such faults would be seen, here, by a kernel that has them.
 """
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from smoothing import VocabShard
 from smoothing.core.call import LossCall
 from smoothing.core.options import LossOptions
 from smoothing.linear import matmul
+from tests.support.cases import in_rotation
 from tests.support.kernel_memory import watched
 from tests.support.ranks import Ranks
 
@@ -26,6 +28,11 @@ LABEL_ROWS = torch.tensor([0, 2, 3, 5])
 KINDS = {"uniform": {}, "prior": {"prior": True}, "capped": {"logit_softcap": 30.0}}
 SIZES = [(1, 6), (17, 0), (8192, 0), (9001, 6)]  # real columns, padding: below a block, two of them, and a rest
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = list(itertools.product(SIZES, KINDS))
+# where a gradient is written; the first two in one dtype in turn, so that every kind and every size meets each
+WRITTEN = [(shape, "elsewhere", dtype) for shape, dtype in in_rotation(SHAPES, DTYPES)]
+WRITTEN += [(shape, "in place", dtype) for shape, dtype in in_rotation(SHAPES, DTYPES, shift=1)]
+WRITTEN += [(shape, "narrowed", "fp32") for shape in SHAPES]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +79,9 @@ def statistics_seen(size, dtype, options: dict):
     return launch.reads(logits), launch.writes(launch.tensors[3]), launch.reads(launch.tensors[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_statistics_take_one_read(alone, size, kind, dtype):
+@pytest.mark.parametrize(("shape", "dtype"), in_rotation(SHAPES, DTYPES))
+def test_statistics_take_one_read(alone, shape, dtype):
+    (size, kind), dtype = shape, DTYPES[dtype]
     reads, writes, prior_reads = alone(statistics_seen, size, dtype, KINDS[kind])
     _, target, _ = problem(size, dtype)
     expected = once_where_needed(size)
@@ -100,13 +106,9 @@ def gradient_seen(size, dtype, options: dict, where: str):
     return launch.reads(logits), launch.writes(out), len(launch.stores.elements()[0]) - out.numel()
 
 
-@pytest.mark.parametrize(
-    ("where", "dtype"),
-    [(where, dtype) for where in ("elsewhere", "in place") for dtype in DTYPES] + [("narrowed", "fp32")],
-)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_a_gradient_takes_one_read_and_one_write(alone, size, kind, where, dtype):
+@pytest.mark.parametrize(("shape", "where", "dtype"), WRITTEN)
+def test_a_gradient_takes_one_read_and_one_write(alone, shape, where, dtype):
+    size, kind = shape
     reads, writes, more = alone(gradient_seen, size, DTYPES[dtype], KINDS[kind], where)
     assert torch.equal(reads, once_where_needed(size))
     assert (writes == 1).all() and more == 0

@@ -6,7 +6,7 @@ case for n ranks; `dense_losses` is what every loss is held to, `F.cross_entropy
 
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -269,3 +269,15 @@ _TABLE = {
 CASES: dict[str, Callable[[int], Case]] = {
     name: partial(build, seed=zlib.crc32(name.encode()), **entry) for name, entry in _TABLE.items()
 }
+
+
+def in_rotation(names: Iterable, choices: Iterable, in_all: Sequence = (), shift: int = 0) -> list[tuple]:
+    """Return pairs of each name with one of the choices in turn; names `in_all` with every choice.
+
+    After each round the turn moves on by one more, so that names which come in rounds of as many meet every choice.
+    """
+    choices, pairs = list(choices), []
+    for index, name in enumerate(names):
+        turn = index + index // len(choices) + shift
+        pairs += [(name, choice) for choice in (choices if name in in_all else [choices[turn % len(choices)]])]
+    return pairs
