@@ -1,8 +1,11 @@
 """The smoothed loss in a `transformers.Trainer`."""
 
+from typing import Any
+
 from transformers import TrainerCallback
 
-from smoothing.install import InstalledLoss, install_smoothed_loss
+from smoothing.install import install_smoothed_loss
+from smoothing.model.installed_loss import InstalledLoss
 
 
 class SmoothedLossCallback(TrainerCallback):
@@ -18,11 +21,11 @@ class SmoothedLossCallback(TrainerCallback):
             what `install_smoothed_loss` raises.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         self.options = options
         self.installed: InstalledLoss | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.n_gpu > 1:  # nn.DataParallel copies the model, and a copy's forward would be this one's
             raise ValueError(f"start one process for each of the {args.n_gpu} GPUs: deepspeed or torchrun SCRIPT")
         if self.installed is None:

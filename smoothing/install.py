@@ -1,6 +1,7 @@
 """Put a smoothed loss into a Hugging Face causal LM, or a DeepSpeed engine around one."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ def install_smoothed_loss(
     return InstalledLoss(model, settings)
 
 
-def _prior_problem(prior) -> str | None:
+def _prior_problem(prior: object) -> str | None:
     if prior is None or (isinstance(prior, Tensor) and prior.dim() == 1):
         return None
     got = f"shape {tuple(prior.shape)}" if isinstance(prior, Tensor) else type(prior).__name__
@@ -104,7 +105,7 @@ def check_model(model: nn.Module, head: str) -> None:
         raise UnsupportedModel(problem)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """Return the causal LM inside a DeepSpeed engine or a PEFT wrapper: what has `loss_function` and a head.
 
     Args:

@@ -4,6 +4,7 @@ Legend: T tokens, N of them labelled, S rows of this rank's weight (padding incl
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,17 +116,17 @@ def vocab_parallel_linear_cross_entropy(
 
 
 def _checked(
-    hidden,
-    weight,
-    bias,
-    target,
-    shard,
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    target: Any,
+    shard: Any,
     options: LossOptions,
-    prior,
-    num_items_in_batch,
-    chunk_bytes,
-    label_tokens,
-    return_stats,
+    prior: Any,
+    num_items_in_batch: Any,
+    chunk_bytes: Any,
+    label_tokens: Any,
+    return_stats: Any,
 ) -> "_Job":
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
@@ -169,13 +170,13 @@ class _Job:
     chunk_bytes: int | None
     return_stats: bool
 
-    def run(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def run(self, *tensors: Any) -> Any:
         """Return the loss, and statistics if wanted: by way of autograd only where a gradient is wanted."""
         if not any(self.wanted):
             outcome = self.forward(*tensors)
             return outcome.loss, *outcome.stats
         function = _TokenLosses if self.call.options.reduction == "none" else _ScalarLoss
-        return function.apply(*tensors, self)
+        return function.apply(*tensors, self)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def head(self, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None) -> LinearHead:
         hidden_NH = self.labelled.select(hidden_TH)
@@ -183,7 +184,7 @@ class _Job:
             hidden_NH = hidden_NH.masked_fill(~self.call.valid_T.unsqueeze(1), 0.0)
         return LinearHead.of(self.call, hidden_NH, weight_SH, bias_S, self.chunk_bytes)
 
-    def forward(self, *tensors: Tensor | None, with_gradients: bool = False) -> "_Outcome":
+    def forward(self, *tensors: Any, with_gradients: bool = False) -> "_Outcome":
         """Compute loss and statistics; of a scalar loss, the gradients' sums too if wanted."""
         end_handshake = self.call.start_handshake()
         head, options = self.head(*tensors), self.call.options
@@ -205,7 +206,7 @@ class _Job:
         sums = [] if accumulator is None else accumulator.finish(result.mean_row_H, options.label_smoothing)
         return _Outcome(loss, stats, result, sums)
 
-    def backward(self, result: loop.Result, upstream: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    def backward(self, result: loop.Result, upstream: Tensor, *tensors: Any) -> list[Tensor | None]:
         """Compute the gradients' sums of one loss a token, with the logits computed anew."""
         weight_N = self.labelled.select(upstream.reshape(-1).to(self.call.statistics_dtype))
         head = self.head(*tensors)
@@ -231,13 +232,15 @@ class _ScalarLoss(torch.autograd.Function):
     """Gradients along with the loss. Keeps them alone: no logits, no hidden states."""
 
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job
+    ) -> tuple[Tensor | None, ...]:
         outcome = job.forward(hidden_TH, weight_SH, bias_S, with_gradients=True)
         inputs = (hidden_TH, weight_SH, bias_S)
         ctx.gradients = []
         for index, given in enumerate(inputs):
             total, outcome.sums[index] = outcome.sums[index], None  # one sum at a time beside its rounded copy
-            if total is not None:
+            if total is not None and given is not None:
                 # fp16 must wait for the upstream gradient: that is where loss scaling comes in
                 early = total.dtype if given.dtype == torch.float16 else given.dtype
                 total = job.labelled.scatter(total, given.shape, early) if index == 0 else total.to(early)
@@ -249,7 +252,7 @@ class _ScalarLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor, *_):
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
@@ -267,7 +270,9 @@ class _TokenLosses(torch.autograd.Function):
     """One loss a token. Keeps its inputs and a few numbers a token, and computes the logits anew in backward."""
 
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job):
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job
+    ) -> tuple[Tensor | None, ...]:
         outcome = job.forward(hidden_TH, weight_SH, bias_S)
         ctx.job, ctx.handshake = job, outcome.result.handshake
         inputs = (hidden_TH, weight_SH, bias_S, job.call.target, job.call.prior)
@@ -277,7 +282,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor, *_):
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         job, saved = ctx.job, ctx.saved_tensors
         inputs, (_target, _prior, mean_row_H, *combined) = saved[:3], saved[3:]  # the call has target and prior
         result = loop.Result(Combined(*combined), mean_row_H, ctx.handshake)

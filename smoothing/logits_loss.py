@@ -3,6 +3,8 @@
 Legend: T tokens, S columns of this rank (padding included).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -72,12 +74,17 @@ def vocab_parallel_cross_entropy(
     leading = logits.shape[:-1]
     logits_TS = logits.reshape(leading.numel(), logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
-        loss, *stats = _LogitsLoss.apply(logits_TS, call, num_items_in_batch, inplace_backward, return_stats)
-    loss = loss.view(leading) if reduction == "none" else loss
-    return (loss, TokenStats(*(x.view(leading) if x is not None else None for x in stats))) if return_stats else loss
+        loss, *stats = _LogitsLoss.apply(logits_TS, call, num_items_in_batch, inplace_backward, return_stats)  # type: ignore[no-untyped-call]  # torch has no types for it
+    value: Tensor = loss.view(leading) if reduction == "none" else loss
+    if not return_stats:
+        return value
+    shaped: list[Any] = [None if x is None else x.view(leading) for x in stats]
+    return value, TokenStats(*shaped)
 
 
-def _checked(logits, target, shard, options: LossOptions, prior, num_items_in_batch) -> LossCall:
+def _checked(
+    logits: Any, target: Any, shard: Any, options: LossOptions, prior: Any, num_items_in_batch: Any
+) -> LossCall:
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
     if problem := tensor_problem(logits=logits) or dtype_problem(logits=logits):
         raise ValueError(problem)
@@ -98,7 +105,7 @@ def _checked(logits, target, shard, options: LossOptions, prior, num_items_in_ba
     )
 
 
-def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options) -> Tensor | tuple[Tensor, TokenStats]:
+def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor | tuple[Tensor, TokenStats]:
     """Compute the loss of `vocab_parallel_cross_entropy` from full logits on one device.
 
     Args:
@@ -123,11 +130,17 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits_TS: Tensor, call: LossCall, num_items_in_batch, inplace_backward: bool, return_stats: bool
-    ):
+        ctx: Any,
+        logits_TS: Tensor,
+        call: LossCall,
+        num_items_in_batch: int | Tensor | None,
+        inplace_backward: bool,
+        return_stats: bool,
+    ) -> tuple[Tensor | None, ...]:
         backend = backend_for(logits_TS.device, call)
         own = backend.statistics(logits_TS, call.target, call)
         combined, scale_T, loss_T = backend.combine(*call.gather(own), call.target, call)
+        assert loss_T is not None, "known with Σ u_v z_v"
         ctx.call, ctx.inplace_backward = call, inplace_backward
         ctx.divisor = None if call.options.reduction == "none" else call.divisor(num_items_in_batch)
         loss = loss_T if ctx.divisor is None else loss_T.sum() / ctx.divisor
@@ -141,7 +154,7 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor, *_):
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         logits_TS, maximum_T, scale_T, *_ = ctx.saved_tensors
         call = ctx.call
         weight_T = upstream if ctx.divisor is None else (upstream / ctx.divisor).expand(call.tokens)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch.distributed as dist
 
@@ -50,11 +51,11 @@ class VocabShard:
         return cls(start, stop, vocab_size, group)
 
     @classmethod
-    def of(cls, head) -> "VocabShard":
+    def of(cls, lm_head: Any) -> "VocabShard":
         """Return the shard that a DeepSpeed `VocabParallelLinear` holds."""
-        if head.mp_group is None or dist.get_world_size(head.mp_group) == 1:
-            return cls.whole(head.vocab_size)
-        return cls(head.vocab_start_index, head.vocab_end_index, head.vocab_size, head.mp_group)
+        if lm_head.mp_group is None or dist.get_world_size(lm_head.mp_group) == 1:
+            return cls.whole(lm_head.vocab_size)
+        return cls(lm_head.vocab_start_index, lm_head.vocab_end_index, lm_head.vocab_size, lm_head.mp_group)
 
     @staticmethod
     def bounds(vocab_size: int, world_size: int) -> list[tuple[int, int]]:

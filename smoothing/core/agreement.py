@@ -15,7 +15,7 @@ the first time a shard is used; later they are compared there and `torch._assert
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class Header:
     def decode_all(cls, headers_RH: Tensor) -> list["Header"]:
         """Return all ranks' headers, read on the host; for a tensor on a device the host waits."""
         types = HEADER_TYPES.values()
-        return [cls(*map(_from_bits, row, types)) for row in headers_RH.tolist()]
+        rows: list[list[Any]] = [list(map(_from_bits, row, types)) for row in headers_RH.tolist()]
+        return [cls(*row) for row in rows]
 
 
 HEADER_TYPES: dict[str, type] = {field.name: field.type for field in fields(Header) if isinstance(field.type, type)}
@@ -159,7 +160,7 @@ def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Ten
     messages_R = all_gather(message, shard)
     width = message.numel() - stats_FT.numel()
     headers_RH = messages_R[:, :width].contiguous().view(torch.int64)
-    return messages_R[:, width:].unflatten(1, stats_FT.shape), headers_RH
+    return messages_R[:, width:].unflatten(1, stats_FT.shape), headers_RH  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def starts(headers_RH: Tensor) -> Tensor:

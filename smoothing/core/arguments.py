@@ -1,6 +1,7 @@
 """Checks of the arguments that all losses share: each returns a sentence of what is wrong, or None."""
 
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,8 @@ def _items_problem(items: object) -> str | None:
         if items.device.type != "cpu":
             return None
         items = items.item()
-    if isinstance(items, bool) or not isinstance(items, Real) or not 0 <= items < 2**63:
+    number: Any = items  # abstract numbers have no order in typeshed
+    if isinstance(items, bool) or not isinstance(items, Real) or not 0 <= number < 2**63:
         return f"num_items_in_batch must be a number of tokens, got {items!r}"
     return None
 

@@ -159,8 +159,8 @@ class LossCall:
         lse_T = combined.maximum + combined.log_sum_exp
         confidence_T = (-combined.log_sum_exp).exp()
         correct_T = None if self.soft else (valid_T & (combined.label == 0)).view(shape)
-        zeroed = [x.masked_fill(~valid_T, 0.0).view(shape) for x in (nll_T, lse_T, confidence_T)]
-        return TokenStats(*zeroed, correct=correct_T, valid=valid_T.view(shape))
+        nll, lse, confidence = (x.masked_fill(~valid_T, 0.0).view(shape) for x in (nll_T, lse_T, confidence_T))
+        return TokenStats(nll, lse, confidence, correct_T, valid_T.view(shape))
 
     def divisor(self, num_items_in_batch: int | Tensor | None, all_labelled: bool = False) -> Tensor:
         """What a scalar reduction divides the sum of losses by, `[]`, at least 1: so that without labels it is 0."""

@@ -9,7 +9,7 @@ and `u` the smoothing prior. Everything is relative to a maximum, so a common of
 before it can cost digits, and no `log(exp(x))` is taken anywhere.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class ShardStatistics(NamedTuple):
     label_mass: Tensor | None = None
 
     @classmethod
-    def nothing(cls, tokens: int, soft: bool, prior: bool = True, **options) -> "ShardStatistics":
+    def nothing(cls, tokens: int, soft: bool, prior: bool = True, **options: Any) -> "ShardStatistics":
         """What a rank without any real column has to say."""
         zeros_T = torch.zeros(tokens, **options)
         maximum_T = torch.full_like(zeros_T, -torch.inf)

@@ -79,10 +79,12 @@ def _works_on(device: torch.device) -> bool:
     """Whether Triton is there, and can build what launches its kernels, for which it needs a C compiler."""
     if device.type not in _triton_works:
         try:
-            from smoothing.kernels import triton_ops
+            import triton
+
+            from smoothing.kernels import triton_ops  # noqa: F401
 
             if not interpreted():
-                _ = triton_ops.triton.runtime.driver.active.utils
+                _ = triton.runtime.driver.active.utils
             _triton_works[device.type] = True
         except Exception as error:
             _log_once(

@@ -3,6 +3,8 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones, n rows of a chunk.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -34,16 +36,17 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
         max_n = z_nK.amax(1)
         maximum_T[chunk] = max_n
         z_nK.sub_(finite_or_zero(max_n).unsqueeze(1))
-        if call.soft:
+        if label_mass_T is not None:
             p_nK = target[chunk, : call.shard.real_size].to(dtype)
             label_T[chunk] = weighted_sum(p_nK, z_nK)
             label_mass_T[chunk] = p_nK.sum(1)
         else:
             owned_n, column_n = call.local_target(target[chunk])
             label_T[chunk] = torch.where(owned_n, z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1), 0.0)
-        if with_prior and call.options.label_smoothing > 0:
-            uniform = call.prior is None
-            prior_T[chunk] = z_nK.sum(1) / call.shard.vocab_size if uniform else weighted_sum(call.prior, z_nK)
+        if prior_T is not None and call.options.label_smoothing > 0:
+            prior_T[chunk] = (
+                z_nK.sum(1) / call.shard.vocab_size if call.prior is None else weighted_sum(call.prior, z_nK)
+            )
         sum_exp_T[chunk] = z_nK.exp_().sum(1)
     return ShardStatistics(maximum_T, sum_exp_T, label_T, prior_T, label_mass_T)
 
@@ -152,8 +155,8 @@ def _owner(label_n: Tensor, headers_RH: Tensor | None, vocab_size: int) -> Tenso
     return torch.bucketize(label_n.clamp(0, vocab_size - 1), starts_R, right=True) - 1
 
 
-def _capped(logits_TS: Tensor, chunk, call: LossCall) -> Tensor:
-    """A working copy of these rows' real logits in the statistics' dtype, capped if so asked."""
+def _capped(logits_TS: Tensor, chunk: slice | Tensor, call: LossCall) -> Tensor:
+    """A working copy of these rows' real logits in the statistics' dtype, capped if the call has a softcap."""
     z_nK = logits_TS[chunk][:, : call.shard.real_size].to(call.statistics_dtype, copy=True)
     if (cap := call.options.logit_softcap) is None:
         return z_nK
@@ -181,11 +184,11 @@ def _labelled_rows(target: Tensor, call: LossCall) -> Tensor | None:
     return None if bool(valid_T.all()) else valid_T.nonzero().squeeze(1)
 
 
-def _row_chunks(logits_TS: Tensor, target: Tensor, call: LossCall):
+def _row_chunks(logits_TS: Tensor, target: Tensor, call: LossCall) -> Iterator[slice | Tensor]:
     """Index chunks over the rows with a label (or slices over all) of about the chunk size in elements."""
     elements = CHUNK_ELEMENTS if logits_TS.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
     step = max(1, elements // max(1, logits_TS.shape[1]))
     rows = _labelled_rows(target, call)
     if rows is None:
         return (slice(start, start + step) for start in range(0, len(target), step))
-    return iter(rows.split(step)) if len(rows) else iter(())
+    return iter(rows.split(step)) if len(rows) else iter(())  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -158,4 +158,4 @@ def _prior(call: LossCall, logits_TS: Tensor) -> Tensor:
 
 
 def _block(width: int) -> int:
-    return min(BLOCK, triton.next_power_of_2(max(width, 16)))
+    return int(min(BLOCK, triton.next_power_of_2(max(width, 16))))

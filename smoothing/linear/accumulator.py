@@ -107,10 +107,10 @@ class GradientAccumulator:
         self._hidden_NH, self._weight_KH, self._gemm_dtype, self._shard = hidden_NH, weight_KH, gemm_dtype, shard
         self._reductions: list[Callable[[], object]] = []
         real_size, hidden = weight_KH.shape
-        placed = {"dtype": weights.weight_N.dtype, "device": weight_KH.device}
-        self._grad_NH = torch.empty(len(hidden_NH) if wanted.hidden else 0, hidden, **placed)
-        self._grad_SH = torch.empty(shard.size if wanted.weight else 0, hidden, **placed)
-        self._grad_S = torch.zeros(shard.size if wanted.bias else 0, **placed)
+        dtype, device = weights.weight_N.dtype, weight_KH.device
+        self._grad_NH = torch.empty(len(hidden_NH) if wanted.hidden else 0, hidden, dtype=dtype, device=device)
+        self._grad_SH = torch.empty(shard.size if wanted.weight else 0, hidden, dtype=dtype, device=device)
+        self._grad_S = torch.zeros(shard.size if wanted.bias else 0, dtype=dtype, device=device)
         if wanted.weight and prior is not None:
             torch.mul(prior.row_K1.expand(real_size, 1), prior.hidden_H, out=self._grad_SH[:real_size])
             self._grad_SH[real_size:] = 0
@@ -175,4 +175,4 @@ class GradientAccumulator:
     def _narrowed(self, exact_nK: Tensor) -> Tensor:
         if exact_nK.dtype == self._gemm_dtype:
             return exact_nK
-        return matmul.tile(exact_nK.shape, self._gemm_dtype, exact_nK.device).copy_(exact_nK)
+        return matmul.tile((exact_nK.shape[0], exact_nK.shape[1]), self._gemm_dtype, exact_nK.device).copy_(exact_nK)

@@ -98,7 +98,7 @@ class LinearHead:
     def prior_logit(self, mean_row_H1: Tensor, maximum_N: Tensor) -> Tensor:
         """Return `Σ_v u_v z_v - M = h·w̄ + b̄ - M`, `[N]`."""
         mean_row_H, mean_bias = mean_row_H1[:-1], mean_row_H1[-1]
-        dot_N = torch.cat([h_nH.to(mean_row_H.dtype) @ mean_row_H for h_nH in self.hidden_NH.split(PIECE)])
+        dot_N = torch.cat([h_nH.to(mean_row_H.dtype) @ mean_row_H for h_nH in self.hidden_NH.split(PIECE)])  # type: ignore[no-untyped-call]  # torch has no types for it
         return dot_N + mean_bias - maximum_N
 
     def weighted_hidden_sum(self, token_weight_N: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Legend: T tokens, N of them that go through the head.
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,17 +64,21 @@ def keeps_every_row(device: torch.device) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())
 
 
-def label_tokens_problem(count: object, target_T: Tensor) -> str | None:
+def label_tokens_problem(count: Any, target_T: Tensor) -> str | None:
     """Return what is wrong with the number of labelled tokens that a caller passed, without counting, or None."""
     if count is None:
         return None
-    if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= len(target_T):
+    if not _is_integer(count) or not 0 <= count <= len(target_T):
         return (
             f"label_tokens must be None or an integer from 0 to {len(target_T)}, the number of tokens, got {count!r}"
         )
     if target_T.is_floating_point():
         return "label_tokens counts targets that are ids; leave it out where they are probabilities"
     return None
+
+
+def _is_integer(count: object) -> bool:
+    return isinstance(count, Integral) and not isinstance(count, bool)
 
 
 def _labelled(target_T: Tensor, ignore_index: int, count: int | None) -> Tensor | None:

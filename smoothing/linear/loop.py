@@ -75,7 +75,7 @@ def forward(
         while len(sent) > (0 if last else lookahead):
             chunk = sent.popleft()
             target = call.target[chunk.tokens]
-            stats_RFn = chunk.receive().unflatten(1, (-1, len(target)))
+            stats_RFn = chunk.receive().unflatten(1, (-1, len(target)))  # type: ignore[no-untyped-call]  # torch has no types for it
             combined, scale_n, _ = backend.combine(
                 stats_RFn, handshake.headers_RH, target, call, with_prior=not head.linear
             )

@@ -5,6 +5,9 @@ returns fp32 (`out_dtype`). A CPU has no such GEMM, so there the weight is widen
 GEMM runs in fp32: nothing is rounded on the way.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,11 +66,11 @@ def weighted_row(weight_KH: Tensor, prior_K: Tensor | None, vocab_size: int, dty
     return row_H
 
 
-def _out_dtype(factor: Tensor, out: Tensor) -> dict:
+def _out_dtype(factor: Tensor, out: Tensor) -> dict[str, Any]:
     return {} if factor.dtype == out.dtype else {"out_dtype": out.dtype}
 
 
-def _blocks(weight_KH: Tensor):
+def _blocks(weight_KH: Tensor) -> Iterator[slice]:
     rows, hidden = weight_KH.shape
     elements = BLOCK_ELEMENTS if weight_KH.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
     step = max(1, elements // max(1, hidden))

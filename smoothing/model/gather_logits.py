@@ -1,5 +1,7 @@
 """Full logits from sharded ones: the baseline that the other heads avoid, and what `generate` needs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,12 @@ def gather_logits(logits: Tensor, shard: VocabShard) -> Tensor:
     Backward hands each rank its own columns of the gradient: every rank computes the same loss from the same
     logits, so there is nothing to add up. Collectives: forward two all-gathers (widths, logits); backward none.
     """
-    return logits[..., : shard.real_size] if shard.world_size == 1 else _GatherLogits.apply(logits, shard)
+    return logits[..., : shard.real_size] if shard.world_size == 1 else _GatherLogits.apply(logits, shard)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 class _GatherLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, shard: VocabShard):
+    def forward(ctx: Any, logits: Tensor, shard: VocabShard) -> Tensor:
         ctx.shard = shard
         # shards differ in width by at most one column in the even split, and by more if a user says so
         widths = all_gather(torch.tensor([shard.real_size], device=logits.device), shard).flatten().tolist()
@@ -28,7 +30,7 @@ class _GatherLogits(torch.autograd.Function):
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         shard = ctx.shard
         own = grad.new_zeros(*grad.shape[:-1], shard.size)
         own[..., : shard.real_size] = grad[..., shard.start : shard.start + shard.real_size]

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class InstalledLoss:
     `install_smoothed_loss` makes it. A model calls it with its logits and labels, as it calls any `loss_function`.
     """
 
-    def __init__(self, model: nn.Module, settings: Installation):
+    def __init__(self, model: Any, settings: Installation):
         self.model, self.settings = model, settings
         lm_head = model.get_output_embeddings()
         self.shard = VocabShard.of(lm_head) if is_sharded(lm_head) else None
@@ -74,11 +75,17 @@ class InstalledLoss:
     def __enter__(self) -> "InstalledLoss":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __call__(
-        self, logits, labels=None, vocab_size=None, num_items_in_batch=None, shift_labels=None, **_
+        self,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         """What a Hugging Face causal LM calls: `logits` `[B, L, S]` predict the label one position on."""
         self._lm_head.forward_state.loss_called = True
@@ -99,7 +106,7 @@ class InstalledLoss:
         self._report(stats)
         return value
 
-    def _with_its_loss(self, forward: Callable, given: dict, *args, **kwargs):
+    def _with_its_loss(self, forward: Callable[..., Any], given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's forward `forward(*args, **kwargs)`, whose arguments by name are `given`."""
         if not self._installed:
             return forward(*args, **kwargs)
@@ -123,11 +130,15 @@ class InstalledLoss:
         if self.settings.head == "sharded":
             return ForwardState(Gives.OWN_LOGITS, labels)
         target = labels.target(self.settings.options.ignore_index)
-        kwargs = {"target": target, "num_items": labels.num_items_in_batch, "label_tokens": label_tokens}
+        kwargs: dict[str, Any] = {
+            "target": target,
+            "num_items": labels.num_items_in_batch,
+            "label_tokens": label_tokens,
+        }
         return ForwardState(Gives.LOSS, labels, functools.partial(self._loss_from_hidden, **kwargs))
 
     def _loss_from_hidden(
-        self, hidden: Tensor, lm_head: nn.Module, target: Tensor, num_items, label_tokens
+        self, hidden: Tensor, lm_head: Any, target: Tensor, num_items: Any, label_tokens: Any
     ) -> Tensor:
         """What the head computes in place of logits. `hidden` `[B, L, H]`, `target` `[B, L]`."""
         value, stats = vocab_parallel_linear_cross_entropy(
@@ -146,7 +157,7 @@ class InstalledLoss:
         self._report(stats)
         return value
 
-    def _common_kwargs(self, num_items) -> dict:
+    def _common_kwargs(self, num_items: Any) -> dict[str, Any]:
         """What is passed to every loss; smoothed only where the model trains."""
         options = self.settings.options
         return {
@@ -155,7 +166,7 @@ class InstalledLoss:
             "num_items_in_batch": num_items,
         }
 
-    def _extra_kwargs(self) -> dict:
+    def _extra_kwargs(self) -> dict[str, Any]:
         """What is passed besides, which neither `F.cross_entropy` nor evaluation has."""
         training = self.model.training
         return {
@@ -187,18 +198,18 @@ class InstalledLoss:
 class _Forward:
     """A model's `forward` while a loss is installed. An object, so that a deep copy of the model is whole."""
 
-    def __init__(self, model: nn.Module, around: Callable):
+    def __init__(self, model: nn.Module, around: Callable[..., Any]):
         self.plain, self.around = model.forward, around
         functools.update_wrapper(self, self.plain)  # with the signature, which Trainer and generate read
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         kwargs.pop("label_tokens", None)  # for the loss alone: no model knows it
         return self.around(self.plain, given, *args, **kwargs)
 
 
-def _without_logits(outputs):
+def _without_logits(outputs: Any) -> Any:
     """A model's outputs with None in place of the placeholder, so that it is not taken for logits."""
     if isinstance(outputs, tuple):
         return outputs[0], None, *outputs[2:]

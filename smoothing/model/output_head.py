@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class OutputHead:
         finally:
             self.forward_state = before
 
-    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs in the place of `lm_head.forward`. Collectives: two all-gathers for all logits of a sharded head."""
         state = self.forward_state
         if state.gives is Gives.LOSS:
@@ -56,11 +57,12 @@ class OutputHead:
                     "this model calls its output head more than once in a forward, and head='fused' cannot tell "
                     "which call its labels are for; use head='sharded'"
                 )
+            assert state.loss is not None, "what the head gives"
             loss = state.loss(hidden, self.lm_head)
             probes = torch.arange(*PROBES, dtype=loss.dtype, device=loss.device)
             state.placeholder = torch.cat([loss.view(1), probes]).view(1, 1, -1)
             return state.placeholder
-        logits = self._plain(hidden, *args, **kwargs)
+        logits: Tensor = self._plain(hidden, *args, **kwargs)
         if self.shard is not None and state.gives is Gives.ALL_LOGITS:
             return gather_logits(logits, self.shard)
         return logits
@@ -70,6 +72,7 @@ class OutputHead:
 
         Raises `UnsupportedModel` if the model did more to it than its softcap: so it would have changed its logits.
         """
+        assert self.forward_state.placeholder is not None, "the head has computed a loss"
         placeholder = self.forward_state.placeholder.flatten()
         seen = logits.flatten()
         if not self._probed or logits.device.type == "cpu":  # on a device it costs a synchronisation, hence once

@@ -1,5 +1,7 @@
 """What a Hugging Face model does to its logits and its loss, by its configuration, besides what a loss can see."""
 
+from typing import Any
+
 from torch import nn
 
 # The names under which models keep what they multiply or divide their logits by, after the head; 1 is no change.
@@ -14,7 +16,7 @@ class UnsupportedModel(ValueError):
     """The loss, or the `head` that was passed, cannot be installed in this model."""
 
 
-def smoothing_problem(model: nn.Module) -> str | None:
+def smoothing_problem(model: Any) -> str | None:
     """Return why no loss can stand in for this model's own, or None."""
     if (loss_type := getattr(model, "loss_type", None)) not in CAUSAL_LOSSES:
         return f"expected a causal LM, whose logits predict the next label, got a model with the loss {loss_type}"
@@ -26,7 +28,7 @@ def smoothing_problem(model: nn.Module) -> str | None:
     return None
 
 
-def fusing_problem(model: nn.Module) -> str | None:
+def fusing_problem(model: Any) -> str | None:
     """Return why the output head of this model cannot compute its loss, or None."""
     lm_head = model.get_output_embeddings()
     if not (is_sharded(lm_head) or type(lm_head) is nn.Linear):
@@ -43,9 +45,10 @@ def fusing_problem(model: nn.Module) -> str | None:
     return None
 
 
-def own_softcap(model: nn.Module) -> float | None:
+def own_softcap(model: Any) -> float | None:
     """What this model caps its logits with itself, between head and loss."""
-    return _setting(model, SOFTCAPS)
+    softcap: float | None = _setting(model, SOFTCAPS)
+    return softcap
 
 
 def is_sharded(lm_head: nn.Module) -> bool:
@@ -53,6 +56,6 @@ def is_sharded(lm_head: nn.Module) -> bool:
     return getattr(lm_head, "is_vocab_parallel_lm_head", False)
 
 
-def _setting(model: nn.Module, names: tuple[str, ...]):
+def _setting(model: Any, names: tuple[str, ...]) -> Any:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
