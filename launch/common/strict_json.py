@@ -20,7 +20,7 @@ class StrictDecoder:
         """Decode the value at `start`.
 
         Returns: the value, the position behind it, and why it is unusable (None if it is an object that is usable).
-        Raises: Reject if the text is broken, so that nobody knows where the value ends.
+        Raises: Reject if the text is broken, and it is unknown where the value ends.
         """
         self._unusable.clear()
         try:

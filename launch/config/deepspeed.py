@@ -76,7 +76,7 @@ def _built_in(options: SftOptions) -> dict:
 
 
 def _read(path: str, options: SftOptions) -> dict:
-    """The user's own file, with what it leaves to the recipe said as the built-in files say it."""
+    """The user's own file, with "auto" for what it leaves to the recipe, as in the built-in files."""
     if path and (options.zero is not None or options.offload):
         raise UserError(f"--deepspeed {path} already says the ZeRO stage; leave out --zero and --offload")
     config = read_file(path)

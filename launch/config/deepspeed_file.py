@@ -48,14 +48,14 @@ SECTION = {}  # the default of what DeepSpeed only reads if it stands there
 
 
 def read_file(path: str) -> dict:
-    """The file's object. Raises `UserError` where it is none, or a key stands twice."""
+    """The file's object. Raises `UserError` if it is not an object, or repeats a key."""
     if not path:
         raise UserError("--deepspeed is empty; name a file, or leave it out")
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
         config, end, reject = StrictDecoder().decode_at(text)
-    except (OSError, ValueError, Reject) as fault:
-        raise UserError(f"--deepspeed {path} is not a readable JSON file: {fault}") from None
+    except (OSError, ValueError, Reject) as error:
+        raise UserError(f"--deepspeed {path} is not a readable JSON file: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
     if reject or text[end:]:
@@ -64,39 +64,39 @@ def read_file(path: str) -> dict:
     return config
 
 
-def check_file(config: dict, where: str) -> None:
+def check_file(config: dict, source: str) -> None:
     """Raises `UserError` for a key that DeepSpeed does not know, or a value it would fail on or misread."""
     for name, reason in UNSUPPORTED.items():
         if name in config:
-            raise UserError(f"{where}: {name}: {reason}")
+            raise UserError(f"{source}: {name}: {reason}")
     known = _known()
     for name in config:
         if name not in known:
-            raise unknown_key(where, name, known.keys() - UNSUPPORTED.keys())
+            raise unknown_key(source, name, known.keys() - UNSUPPORTED.keys())
     removed = _refusal({name: {} for name in config})
     if isinstance(removed, DeepSpeedConfigError):  # it still knows the names of what it no longer has, and says so
-        raise UserError(f"{where}: {error_line(removed)}")
+        raise UserError(f"{source}: {error_line(removed)}")
     for name, value in config.items():
-        _check_value(name, value, known[name], config, f"{where}: {name}")
+        _check_value(name, value, known[name], config, f"{source}: {name}")
     refusal = _refusal(config)
     if refusal is not None:
-        raise UserError(f"{where}: DeepSpeed refuses it: {error_line(refusal)}")
+        raise UserError(f"{source}: DeepSpeed refuses it: {error_line(refusal)}")
 
 
-def _check_value(name: str, value: Any, default: Any, config: dict, where: str) -> None:
+def _check_value(name: str, value: Any, default: Any, config: dict, source: str) -> None:
     if name in MODELS:
-        check_model(MODELS[name], value, where)
+        check_model(MODELS[name], value, source)
     elif name in PLAIN:
-        check_plain(value, PLAIN[name], where)
+        check_plain(value, PLAIN[name], source)
     elif name == "optimizer":
-        check_optimizer(value, _offloaded(config), where)
+        check_optimizer(value, _offloaded(config), source)
     elif name == "scheduler":
-        check_scheduler(value, where)
+        check_scheduler(value, source)
     elif name in BATCH:
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f'{where} must be "auto" or an integer of at least 1, got {value!r}')
+            raise UserError(f'{source} must be "auto" or an integer of at least 1, got {value!r}')
     elif name != "gradient_clipping" or value != AUTO:  # these four of the outermost keys are the recipe's to fill
-        check_like(value, default, where)
+        check_like(value, default, source)
 
 
 def _offloaded(config: dict) -> bool:
@@ -105,8 +105,8 @@ def _offloaded(config: dict) -> bool:
     return isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme")
 
 
-class _Asked(dict):
-    """Notes what DeepSpeed asks it for: its own list of keys, which stands nowhere as a list."""
+class _RecordingDict(dict):
+    """Records the keys that DeepSpeed looks up: DeepSpeed publishes no list of them."""
 
     def __init__(self, values: dict):
         super().__init__(values)
@@ -128,19 +128,19 @@ class _Asked(dict):
 @functools.cache
 def _known() -> dict[str, Any]:
     """The outermost keys that DeepSpeed reads, with its defaults."""
-    asked = _Asked({"train_micro_batch_size_per_gpu": 1})
-    DeepSpeedConfig(asked)
+    recorded = _RecordingDict({"train_micro_batch_size_per_gpu": 1})
+    DeepSpeedConfig(recorded)
     # defaults that do not show the type: None for never, False beside an object
-    return asked.names | {"steps_per_print": 10, "datastates_ckpt": None}
+    return recorded.names | {"steps_per_print": 10, "datastates_ckpt": None}
 
 
 def _refusal(config: dict) -> Exception | None:
     """What DeepSpeed's own reading of it raises; batch sizes are left out, as it would divide them by ranks."""
     try:
-        said = {name: value for name, value in _without_auto(config).items() if name not in BATCH}
-        DeepSpeedConfig(said | {"train_micro_batch_size_per_gpu": 1})
-    except Exception as fault:
-        return fault
+        given_values = {name: value for name, value in _without_auto(config).items() if name not in BATCH}
+        DeepSpeedConfig(given_values | {"train_micro_batch_size_per_gpu": 1})
+    except Exception as error:
+        return error
     return None
 
 

@@ -12,8 +12,8 @@ from launch.data.examples.rows import IGNORED
 class PadToLongest:
     """Pads on the right to the longest row, rounded up to a multiple; columns [rows, length], int64, and `where`.
 
-    `label_tokens`: how many positions predict a label, which is the next position's; counted here, so that no device
-    has to be asked.
+    `label_tokens`: how many positions predict a label, which is the next position's; counted here to avoid a
+    synchronisation with the device.
     Raises ValueError for no rows, or a row whose labels are not as long as its input_ids.
     """
 

@@ -1,4 +1,4 @@
-"""Rows without label tokens, so that a held-out split divides evenly over ranks and counts nothing twice."""
+"""Rows without label tokens, which make a held-out split divide evenly over ranks without counting a row twice."""
 
 import datasets
 

@@ -39,7 +39,7 @@ class Rejected:
 
 @dataclass
 class DropReport:
-    """Every dropped row by reason, and what else was found that nobody may have meant.
+    """Every dropped row by reason, and what else was found that may not be intended.
 
     `truncated`: rows kept with a shortened prompt. `spelled_out`: rows kept, and the special token that each holds.
     `left_out`: a sentence for files that were left out by their names.

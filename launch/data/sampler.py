@@ -10,7 +10,7 @@ class GroupedByLength(LengthGroupedSampler):
     """Steps of rows of like length, the steps in random order, drawn anew each epoch; the longest row comes first.
 
     transformers' own sampler leaves fifty steps at a time sorted by length, which makes the loss a saw. It draws from
-    the process's generator, which stands elsewhere once a run goes on from a checkpoint, and on other ranks.
+    the process's generator, whose state differs in a resumed run and between ranks.
     """
 
     def __init__(self, rows_a_step: int, lengths: list[int], seed: int):

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
     """BPE with byte fallback, lossless for any text, the same for the same texts.
 
-    The vocabulary is smaller than asked, and a warning says so, where the texts hold too few pieces.
+    Where the texts hold too few pieces the vocabulary is smaller than `vocab_size`, with a warning.
     Raises DataError for no text or a vocabulary that cannot hold bytes and characters.
     """
     pieces = _learn_pieces(texts, vocab_size)

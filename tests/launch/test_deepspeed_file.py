@@ -78,7 +78,7 @@ MISTAKES = [
     (adam(beta=[0.9, 0.9]), ("optimizer.params: unknown key 'beta'", "'betas'")),
     (adam(lr="fast"), ("optimizer.params.lr must be a number", '"fast"')),
     (adam(betas=[0.9]), ("optimizer.params.betas must be a list of 2 numbers", "[0.9]")),
-    (adam(bias_correction="auto"), ("optimizer.params.bias_correction", "nobody fills it in")),
+    (adam(bias_correction="auto"), ("optimizer.params.bias_correction", "nothing fills it in")),
     (adam(max_grad_norm=1.0), ("optimizer.params.max_grad_norm", "recipe")),
     (adam(bias_correction=True, torch_adam=True), ("optimizer.params: unknown key 'bias_correction'",)),
     ({"scheduler": {"type": "WarmupDecay", "params": {}}}, ("scheduler.type", "did you mean 'WarmupDecayLR'")),
@@ -111,12 +111,12 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("content", "words"), MISTAKES, ids=[str(content)[:60] for content, _ in MISTAKES])
 def test_a_mistake_is_a_sentence_with_its_key(read, content, words):
-    with pytest.raises(UserError) as fault:
+    with pytest.raises(UserError) as caught:
         read(content)
-    assert str(fault.value).startswith("--deepspeed ") and "ds.json" in str(fault.value)
-    assert "\n" not in str(fault.value) and len(str(fault.value)) < 600
+    assert str(caught.value).startswith("--deepspeed ") and "ds.json" in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     for word in words:
-        assert word in str(fault.value)
+        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ds.json", "my-scheduler.json"])

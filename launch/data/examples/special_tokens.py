@@ -6,7 +6,7 @@ from launch.data.examples.formats import ChatExample, Example, TextExample
 
 
 class SpelledOut:
-    """Looks for them: `</s>` in a question may be meant, or may end it where nobody meant it to."""
+    """Finds them: `</s>` in a question may be intended, or may end the question by accident."""
 
     def __init__(self, tokenizer):
         tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -1,4 +1,4 @@
-"""Which of a directory's files are read. One that is passed over is counted, or said: it may hold what was meant."""
+"""Which of a directory's files are read. Every file left out is counted or reported."""
 
 import os
 import re
