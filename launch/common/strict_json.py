@@ -12,7 +12,7 @@ from launch.common.messages import shortened
 class StrictDecoder:
     """A JSON decoder of objects that also notices duplicate keys, NaN and infinity."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._unusable: list[Reject] = []
         self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
 

@@ -16,7 +16,7 @@ from launch.config.training_arguments import HELP, HIDDEN, REFUSED, SftTrainingA
 
 HELP_ALL = "--help-all"
 OWN = {f.name for f in fields(SftOptions)}
-METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}
+METAVARS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", dict: "JSON"}
 
 
 def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict[str, Any]]:

@@ -44,7 +44,7 @@ UNSUPPORTED = {
     "sequence_parallel_size": "sequence parallelism is not supported here; leave it out",
     "bfloat16": "transformers, which fills in the precision, knows this section as bf16; name it so",
 }
-SECTION = {}  # the default of what DeepSpeed only reads if it stands there
+SECTION: dict[str, Any] = {}  # the default of what DeepSpeed only reads if it stands there
 
 
 def read_file(path: str) -> dict:

@@ -136,7 +136,7 @@ def _fields(model: type[BaseModel]) -> dict[str, str]:
     return {name: key for key, field in model.model_fields.items() for name in (key, field.alias or key)}
 
 
-def _class_in(annotation: Any, base: type) -> type | None:
+def _class_in(annotation: Any, base: type) -> Any:
     """The subclass of `base` that `annotation` is, or is an Optional of."""
     for part in (annotation, *get_args(annotation)):
         if isinstance(part, type) and issubclass(part, base):
