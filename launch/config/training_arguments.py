@@ -102,6 +102,7 @@ class SftTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False  # the collator keeps what the model takes, and `where`
     average_tokens_across_devices: bool = True
     metric_for_best_model: str | None = "eval_nll"
+    greater_is_better: bool | None = None
 
     def __post_init__(self) -> None:
         if self.greater_is_better is None:  # transformers derives it from the name: true for anything but a "loss"
