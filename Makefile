@@ -12,6 +12,7 @@ help: ## Show these targets
 setup: $(READY) ## Create .venv with everything, at the versions that were tested
 
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --constraint constraints.txt torch setuptools
 	pip install --quiet --constraint constraints.txt --editable '.[train,test,lint,plot]'
