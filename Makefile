@@ -47,9 +47,10 @@ bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS),
 docs: setup ## Write docs/api.md from the docstrings
 	python -m docs.generate_api
 
-lint: setup ## Check style
+lint: setup ## Check style and types
 	ruff check
 	ruff format --check
+	mypy
 
 format: setup ## Apply style
 	ruff check --fix
