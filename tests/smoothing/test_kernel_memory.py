@@ -26,7 +26,7 @@ if importlib.util.find_spec("triton") is None:
 IGNORED = [1, 4]
 LABEL_ROWS = torch.tensor([0, 2, 3, 5])
 KINDS = {"uniform": {}, "prior": {"prior": True}, "capped": {"logit_softcap": 30.0}}
-SIZES = [(1, 6), (17, 0), (8192, 0), (9001, 6)]  # real columns, padding: below a block, two of them, and a rest
+SIZES = [(1, 6), (15, 1), (17, 0), (8192, 0), (9001, 6)]  # real columns, padding: within a block, two, and a rest
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = list(itertools.product(SIZES, KINDS))
 # where a gradient is written; the first two in one dtype in turn, so that every kind and every size meets each
