@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from launch.common.errors import UserError
 from launch.common.messages import did_you_mean
 from launch.config.options import GROUPS, SftOptions, check_options
-from launch.config.recipe import DEFAULT_RECIPE, recipe_argv
+from launch.config.recipe import DEFAULT_RECIPE, check_recipe_values, recipe_argv
 from launch.config.training_arguments import HELP, HIDDEN, REFUSED, SftTrainingArguments, check_values
 
 HELP_ALL = "--help-all"
@@ -27,7 +27,10 @@ def parse_options(argv: Sequence[str]) -> tuple[SftOptions, dict[str, Any]]:
     """
     flags = _parse(argv, "command line", add_help=True)
     recipe = _recipe_path(flags)
-    values = _parse(recipe_argv(recipe), str(recipe), add_help=False) if recipe else {}
+    values = {}
+    if recipe:
+        values = _parse(recipe_argv(recipe), str(recipe), add_help=False)
+        check_recipe_values(values, recipe)
     for given, other in (("model", "model_config"), ("model_config", "model")):
         if given in flags:
             values.pop(other, None)  # a flag for one source of the model overrides a recipe's other one

@@ -14,7 +14,9 @@ from launch.config.options import SftOptions
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "default.yaml"
 # of this machine or this run alone, secret, or an argument that is no value
-NOT_IN_A_RECIPE = {"recipe", "sanity", "output_dir", "hub_token", "use_cpu", "dataloader_pin_memory"}
+NOT_IN_A_RECIPE = {"recipe", "sanity", "output_dir", "use_cpu", "dataloader_pin_memory"}
+# A recipe may come from somebody else. It never decides that a model's own code is run, or what leaves this machine.
+FLAGS_ONLY = ("trust_remote_code", "push_to_hub", "hub_token")
 
 
 def recipe_argv(path: Path) -> list[str]:
@@ -29,8 +31,20 @@ def recipe_argv(path: Path) -> list[str]:
             words = [_word(v) for v in (value if isinstance(value, list) else [value])]
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: {key} has a value that no flag can have: {error}") from None
+        if "=" in key or any(word.startswith("--") for word in words):  # would be read as another flag
+            raise UserError(f"{path}: {key!r} and its value {value!r} are not one setting; write `key: value`")
         argv += [f"--{key}", *words]
     return argv
+
+
+def check_recipe_values(values: dict[str, Any], path: Path) -> None:
+    """Raise `UserError` for a setting that only the command line can make, if a recipe turns it on."""
+    for name in FLAGS_ONLY:
+        if values.get(name):
+            raise UserError(
+                f"{path}: {name} is not accepted from a recipe, which may come from somebody else; remove it there "
+                f"and give --{name} on the command line"
+            )
 
 
 def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | None) -> dict[str, Any]:
@@ -38,7 +52,7 @@ def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | 
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     changed = {name: value for name, value in training.to_dict().items() if defaults.get(name, MISSING) != value}
     values = asdict(options) | changed | {"deepspeed": deepspeed}
-    return {name: v for name, v in values.items() if name not in NOT_IN_A_RECIPE and v is not None and v != []}
+    return {name: v for name, v in values.items() if name not in {*NOT_IN_A_RECIPE, *FLAGS_ONLY} and v is not None and v != []}
 
 
 class _Loader(yaml.SafeLoader):

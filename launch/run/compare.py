@@ -19,7 +19,7 @@ FREE = {
     "max_steps", "num_train_epochs",
     "tp", "zero", "offload", "deepspeed", "head", "chunk_bytes", "gradient_checkpointing",
     "per_device_train_batch_size", "gradient_accumulation_steps",
-    "dataloader_num_workers", "dataloader_prefetch_factor",
+    "dataloader_num_workers", "dataloader_prefetch_factor", "trust_remote_code",
 }
 # fmt: on
 

@@ -62,6 +62,16 @@ def test_the_resolved_recipe_says_the_run_again(recipe):
     assert "output_dir" not in training_again
 
 
+def test_a_flag_may_run_code_and_the_recipe_of_the_run_does_not_keep_it(recipe):
+    options, training = parse_options(
+        ["--recipe", recipe(model="somewhere", trust_remote_code=False), "--trust_remote_code"]
+    )
+    assert options.trust_remote_code
+    written = resolved(options, SftTrainingArguments(output_dir="here", use_cpu=True, **training), None)
+    again, _ = parse_options(["--recipe", recipe(**written)])
+    assert not again.trust_remote_code
+
+
 def test_every_shipped_recipe_parses():
     for path in DEFAULT_RECIPE.parent.glob("*.yaml"):
         options, _ = parse_options(["--recipe", str(path)])
@@ -90,6 +100,13 @@ def test_every_shipped_recipe_parses():
         ({"offload": True, "zero": 2}, ("offload", "--zero 3")),
         ({"recipe": "other.yaml"}, ("recipe",)),
         ({"model_config": {"model_type": "llama"}}, ("--model", "--model_config")),
+        # a recipe is never code, however it is written
+        ({"trust_remote_code": True}, ("trust_remote_code", "--trust_remote_code on the command line")),
+        ({"trust-remote-code": "yes"}, ("--trust_remote_code on the command line",)),
+        ({"trust_remote_code=true": []}, ("trust_remote_code=true", "not one setting")),
+        ({"report_to": ["none", "--trust_remote_code"]}, ("report_to", "not one setting")),
+        ({"push_to_hub": True}, ("push_to_hub", "command line")),
+        ({"hub_token": "secret"}, ("hub_token", "command line")),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
