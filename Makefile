@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sanity test torture fuzz bench bench-gpu docs lint format clean
+.PHONY: help setup train sanity check test torture fuzz bench bench-gpu docs lint format clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -24,8 +24,11 @@ train: setup ## Train the embedded default: a small Llama, a few minutes, no GPU
 sanity: setup ## Check a run on one device before you start it (ARGS="--recipe recipes/...")
 	python launch/sft.py --sanity $(ARGS)
 
-test: setup ## Run all tests
-	pytest $(ARGS)
+check: setup ## Run the tests that start no run, under four minutes on two cores
+	pytest -n 2 --dist loadgroup --ignore tests/runs $(ARGS)
+
+test: setup ## Run all tests, those of runs in one of two workers
+	pytest -n 2 --dist loadgroup $(ARGS)
 
 torture: setup ## Kill runs fifty times at random moments and compare their weights (ARGS="--kills 50")
 	python -m tests.runs.torture $(ARGS)
