@@ -52,7 +52,8 @@ def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | 
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     changed = {name: value for name, value in training.to_dict().items() if defaults.get(name, MISSING) != value}
     values = asdict(options) | changed | {"deepspeed": deepspeed}
-    return {name: v for name, v in values.items() if name not in {*NOT_IN_A_RECIPE, *FLAGS_ONLY} and v is not None and v != []}
+    left_out = {*NOT_IN_A_RECIPE, *FLAGS_ONLY}
+    return {name: v for name, v in values.items() if name not in left_out and v is not None and v != []}
 
 
 class _Loader(yaml.SafeLoader):
