@@ -128,7 +128,7 @@ def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErr
         Progress(),
         MetricsFile(),
         ResolvedDeepSpeed(),
-        *([] if trainer.sampler is None else [SamplerEpoch(trainer.sampler)]),
+        *([SamplerEpoch(trainer.sampler)] if isinstance(trainer.sampler, GroupedByLength) else []),
         trainer.milestones,
     ]
     for callback in callbacks:

@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from launch.common.errors import UserError
 from launch.common.messages import did_you_mean
@@ -158,7 +159,7 @@ def _check_types(made: BaseModel, given: dict, source: str) -> None:
                 raise UserError(f"{source}.{name} must be {kind}, got {_shown(value)}")
 
 
-def _sentence(error: dict, source: str) -> str:
+def _sentence(error: ErrorDetails, source: str) -> str:
     """What pydantic says of one value, with the key in front."""
     key = ".".join([source, *map(str, error["loc"])])
     kind, _, rest = error["msg"].partition(", ")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class PadToLongest:
     pad_token_id: int
     multiple_of: int = 8
 
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor | int | list[str]]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor | int | list[str]]:
         if not rows:
             raise ValueError("expected at least one row, got none")
         lengths = [len(row["input_ids"]) for row in rows]

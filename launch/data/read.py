@@ -39,7 +39,8 @@ def read_examples(
     """
     if not 0 <= eval_fraction < 1:
         raise DataError(f"Expected eval_fraction in [0, 1), got {eval_fraction}.")
-    report, formats, notes = DropReport(), Counter(), []
+    report, notes = DropReport(), []
+    formats: Counter[str] = Counter()
     if source is None:
         corpus = docstring_corpus()
         records, heldout_records = corpus.train, corpus.heldout

@@ -42,6 +42,7 @@ MOST_LAYERS = 4096  # each is Python objects even without its weights: these tak
 def build_model(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """Build a causal LM. Raises `UserError` if transformers or this machine's memory cannot."""
     given = options.model_config
+    assert isinstance(given, dict)
     config_class = _config_class(given)
     values = {name: value for name, value in given.items() if name != "model_type"}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -39,8 +39,8 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     dtype = torch.bfloat16 if training_values.get("bf16") else torch.float32
     model = load_model(options, tokenizer, dtype, training_values.get("seed", 42)).to(device)
     rows = data.train.select(range(min(len(data.train), MOST_ROWS, micro_batch(training_values))))
-    batch = PadToLongest(tokenizer.pad_token_id)(list(rows))
-    batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    padded = PadToLongest(tokenizer.pad_token_id)(list(rows))
+    batch = {name: value.to(device) for name, value in padded.items() if isinstance(value, Tensor)}
     head_input = capture_head_input(model, batch, options.smoothing)
     checks = [
         check_mask(batch),

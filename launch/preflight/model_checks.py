@@ -54,7 +54,8 @@ def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> lis
 
 def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check:
     """Some steps on one batch: the nll must fall by half. The last layers only, where a model is large."""
-    chosen, count = [], 0
+    chosen: list[torch.nn.Parameter] = []
+    count = 0
     for parameter in reversed(list(model.parameters())):
         count += parameter.numel()
         if chosen and count > OVERFIT_PARAMETERS:

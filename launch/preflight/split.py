@@ -62,6 +62,7 @@ def _one_rank(rank: int, ranks: int, folder: str) -> None:
     shard = VocabShard.split(logits_TV.shape[1], dist.group.WORLD)
     own_TS = logits_TV[:, shard.start : shard.stop].clone().requires_grad_()
     loss = vocab_parallel_cross_entropy(own_TS, target_T, shard, label_smoothing=smoothing)
+    assert isinstance(loss, Tensor)  # without return_stats
     loss.backward()
     torch.save((loss.item(), own_TS.grad), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -37,7 +37,8 @@ def _follow(launchers: list[int], orphan: bool) -> None:
 
 def _launchers() -> tuple[list[int], bool]:
     """Return the process that started this one and deepspeed's above it, and whether the latter has exited."""
-    found, local = [], False
+    found: list[int] = []
+    local = False
     for process in psutil.Process().parents():
         words = []
         with suppress(psutil.Error):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,7 @@ def say_log(name: str) -> None:
     logger = logging.getLogger(name)
     if not logger.handlers:
         handler = logging.Handler()
-        handler.emit = lambda record: say(record.getMessage())
+        handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
 
@@ -109,6 +110,7 @@ def on_all_ranks(compute) -> list:
 
     Collectives: one gather of objects.
     """
+    own: tuple[Any, str | None]
     try:
         own = (compute(), None)
     except UserError as error:

@@ -88,7 +88,7 @@ class Watchdog(TrainerCallback):
         self.beat(f"the end of step {state.global_step}")
 
     def _watch(self) -> None:
-        missed = set()
+        missed: set[int] = set()
         while not self._over.wait(LOOK_SECONDS):
             gone = {r for r, pid in self._peers.items() if not alive(pid)}
             if lost := gone & missed:  # seen twice, so that ranks which exit together do not report one another
@@ -125,7 +125,7 @@ class Watchdog(TrainerCallback):
         """Return a connection to the store of the ranks, for one thread; None if there is only one rank."""
         if not dist.is_initialized() or world_size() == 1:
             return None
-        return dist.PrefixStore("watchdog", _get_default_store().clone())
+        return dist.PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
 
     def _answer(self, store: dist.Store | None) -> None:
         """Report where this rank is once another asks. In a thread of its own, since the store may block."""

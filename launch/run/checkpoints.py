@@ -174,7 +174,9 @@ def reading(checkpoint: Path | None) -> Iterator[None]:
 
 def facts_of(folder: Path) -> dict:
     """Return the facts of the run that wrote a whole checkpoint."""
-    return Manifest.read(folder).facts
+    manifest = Manifest.read(folder)
+    assert isinstance(manifest, Manifest), manifest
+    return manifest.facts
 
 
 def _files(folder: Path) -> list[str]:

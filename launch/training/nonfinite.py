@@ -77,8 +77,8 @@ def _own_part(weight: Tensor) -> Tensor:
     part = getattr(weight, "ds_tensor", None)
     if part is None:
         return weight.detach()
-    start = part.numel() * dist.get_rank(weight.ds_process_group)
-    return part.detach().flatten()[: max(0, weight.ds_numel - start)]
+    start = part.numel() * dist.get_rank(weight.ds_process_group)  # type: ignore[attr-defined]
+    return part.detach().flatten()[: max(0, weight.ds_numel - start)]  # type: ignore[attr-defined]
 
 
 def check_weights(weights: Iterable[tuple[str, Tensor]], before: set[str], lost: str) -> None:

@@ -150,7 +150,7 @@ class SftTrainer(TrainerWithHooks):
                 raise Stopped(
                     self.milestones.stop.signal, "stopped before the first step; no progress was lost"
                 ) from None
-            self.control = self.milestones.cut_evaluation(self.control)
+            self.control = self.milestones.cut_evaluation(self.control)  # type: ignore[has-type]
             return dict.fromkeys(BEST_METRICS, math.nan)  # never better than the best
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
