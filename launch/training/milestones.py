@@ -24,6 +24,7 @@ class Milestones(TrainerCallback):
         self.stop = stop
         self.stepped = False  # in this process
         self.evaluation_owed = False
+        self._checkpoint_due = False  # after a cut evaluation
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stop.connect()
@@ -55,10 +56,14 @@ class Milestones(TrainerCallback):
 
     def cut_evaluation(self, control):
         """Set what is due once a signal has ended an evaluation: a checkpoint that owes it, and the end."""
-        self.evaluation_owed = True
+        self.evaluation_owed = self._checkpoint_due = True
         control.should_save = control.should_training_stop = True
         return control
 
+    def on_save(self, args, state, control, **kwargs):
+        self._checkpoint_due = False
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_log = control.should_evaluate = control.should_save = False
+        control.should_log = control.should_evaluate = False
+        control.should_save = self._checkpoint_due  # with --save_strategy best Trainer saves after no cut evaluation
         return control

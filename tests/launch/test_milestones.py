@@ -72,6 +72,18 @@ def test_a_signal_in_the_last_step_changes_nothing():
     assert due(12, signal=15, eval_strategy="epoch") == ("LES", False)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_cut_evaluation_leaves_one_checkpoint(saved):
+    """Trainer saves it at once, or with --save_strategy best not at all: then it is due at the end of the epoch."""
+    milestones, control = Milestones(None), TrainerControl()
+    milestones.cut_evaluation(control)
+    assert control.should_save and control.should_training_stop and milestones.evaluation_owed
+    if saved:
+        milestones.on_save(None, None, control)
+    milestones.on_epoch_end(None, None, control)
+    assert control.should_save is not saved
+
+
 def test_a_run_resumed_at_its_end_makes_no_step():
     control = TrainerControl()
     Milestones(None).on_epoch_begin(None, TrainerState(global_step=12, max_steps=12), control)

@@ -111,6 +111,13 @@ def test_sigterm_during_an_evaluation(folder):
     assert [row["step"] for row in metrics(folder / "evaluating") if "eval_nll" in row] == [2, 4]
 
 
+def test_sigterm_during_an_evaluation_that_decides_what_is_saved(folder):
+    values = EVALUATED | {"eval_data": folder / "train.jsonl", "save_strategy": "best"}
+    launch = ForkedLaunch(folder, "evaluating-best", values, UNHURRIED)
+    strike(launch, 2, lambda launch: launch.ranks()[1].terminate())
+    assert checkpoints(folder / "evaluating-best") == [folder / "evaluating-best/checkpoint-2"]
+
+
 def test_sigterm_during_the_evaluation_before_the_first_step(folder):
     values = EVALUATED | {"eval_data": folder / "train.jsonl", "eval_on_start": True}
     launch = ForkedLaunch(folder, "evaluating-first", values, UNHURRIED)
