@@ -1,5 +1,6 @@
 """A user's own DeepSpeed file: every key known, every value of its type, before anything is built of it."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from launch.common.messages import error_line
 from launch.common.strict_json import StrictDecoder
 from launch.config.deepspeed_sections import (
     AUTO,
-    check_like,
     check_model,
     check_optimizer,
-    check_plain,
     check_scheduler,
+    check_section,
+    check_type,
     unknown_key,
 )
 
@@ -87,7 +88,7 @@ def _check_value(name: str, value: Any, default: Any, config: dict, source: str)
     if name in MODELS:
         check_model(MODELS[name], value, source)
     elif name in PLAIN:
-        check_plain(value, PLAIN[name], source)
+        check_section(value, PLAIN[name], source)
     elif name == "optimizer":
         check_optimizer(value, _offloaded(config), source)
     elif name == "scheduler":
@@ -96,7 +97,7 @@ def _check_value(name: str, value: Any, default: Any, config: dict, source: str)
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f'{source} must be "auto" or an integer of at least 1, got {value!r}')
     elif name != "gradient_clipping" or value != AUTO:  # these four of the outermost keys are the recipe's to fill
-        check_like(value, default, source)
+        check_type(value, default, source)
 
 
 def _offloaded(config: dict) -> bool:
@@ -135,16 +136,11 @@ def _known() -> dict[str, Any]:
 
 
 def _refusal(config: dict) -> Exception | None:
-    """What DeepSpeed's own reading of it raises; batch sizes are left out, as it would divide them by ranks."""
+    """What DeepSpeed raises for it; batch sizes are left out, as it would divide them by ranks."""
     try:
-        given_values = {name: value for name, value in _without_auto(config).items() if name not in BATCH}
-        DeepSpeedConfig(given_values | {"train_micro_batch_size_per_gpu": 1})
+        copied = copy.deepcopy(config)  # as transformers copies it, and fails on what is nested too deeply
+        given = {name: value for name, value in copied.items() if name not in BATCH}
+        DeepSpeedConfig(given | {"train_micro_batch_size_per_gpu": 1})
     except Exception as error:
         return error
     return None
-
-
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_auto(item) for name, item in value.items() if item != AUTO}
-    return value

@@ -1,135 +1,145 @@
-"""Sections of a DeepSpeed file, held to DeepSpeed's own models and signatures: their keys, types and choices."""
+"""Checks of a DeepSpeed file's sections beyond DeepSpeed's own, which takes wrong types and many names silently."""
 
 import inspect
 import json
-import re
 from collections.abc import Iterable
-from enum import Enum
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.lamb import FusedLamb
+from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from launch.common.errors import UserError
 from launch.common.messages import did_you_mean
 
 AUTO = "auto"
 # what transformers fills in (HfTrainerDeepSpeedConfig); any other "auto" would reach an optimizer as a word
-FILLED = {
-    "optimizer": {"lr", "betas", "eps", "weight_decay"},
-    "scheduler": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"},
+FILLED_OPTIMIZER = {"lr", "betas", "eps", "weight_decay"}
+FILLED_SCHEDULER = {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"}
+CHOICES = ("stage", "device")  # DeepSpeed drops an "auto" here, and silently uses its default
+NEEDS_MUP = ("muadam", "muadamw", "musgd")
+# the classes of DeepSpeedEngine._configure_basic_optimizer
+OPTIMIZERS = {
+    **dict.fromkeys(("adam", "adamw"), FusedAdam),
+    "adagrad": torch.optim.Adagrad,
+    "lamb": FusedLamb,
+    "lion": FusedLion,
 }
-NEEDS_MUP = {"muadam", "muadamw", "musgd"}
+OFFLOADED_OPTIMIZERS = OPTIMIZERS | {
+    **dict.fromkeys(("adam", "adamw"), DeepSpeedCPUAdam),
+    "adagrad": DeepSpeedCPUAdagrad,
+    "lion": DeepSpeedCPULion,
+}
 ADAM_SWITCHES = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": True}  # DeepSpeed's own
-SWITCHES = {"adam": ADAM_SWITCHES, "adamw": ADAM_SWITCHES}
 
 
 def unknown_key(source: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"{source}: unknown key {name!r}{did_you_mean(name, known)}")
 
 
-def check_object(given: Any, source: str) -> None:
-    if not isinstance(given, dict):
-        raise UserError(f"{source} must be an object, got {_shown(given)}")
-
-
-def check_like(value: Any, default: Any, source: str) -> None:
-    """Whether `value` is of the type that DeepSpeed's default shows; None shows nothing."""
-    if isinstance(default, bool):
-        fits, kind = isinstance(value, bool), "true or false"
-    elif isinstance(default, int | float):
-        fits, kind = _is_number(value), "a number"
-    elif isinstance(default, str):
-        fits, kind = isinstance(value, str), "a string"
-    elif isinstance(default, dict):
-        fits, kind = isinstance(value, dict), "an object"
-    elif isinstance(default, tuple):
-        count = len(default)
-        fits = isinstance(value, list) and len(value) == count and all(map(_is_number, value))
-        kind = f"a list of {count} numbers"
-    else:
-        return
-    if not fits:
+def check_type(value: Any, default: Any, source: str) -> None:
+    """Raise `UserError` unless `value` is of the type that DeepSpeed's default shows; None shows nothing."""
+    kind = _kind(default)
+    if kind and _kind(value) != kind:
         raise UserError(f"{source} must be {kind}, got {_shown(value)}")
 
 
-def check_plain(given: Any, defaults: dict[str, Any], source: str) -> None:
-    """A section that DeepSpeed reads key by key, with a default for each."""
-    check_object(given, source)
+def check_section(given: Any, defaults: dict[str, Any], source: str) -> None:
+    """Check a section that DeepSpeed reads key by key, with a default for each."""
+    check_type(given, {}, source)
     for name, value in given.items():
         if name not in defaults:
             raise unknown_key(source, name, defaults)
-        check_like(value, defaults[name], f"{source}.{name}")
+        check_type(value, defaults[name], f"{source}.{name}")
 
 
 def check_model(model: type[BaseModel], given: Any, source: str) -> None:
-    """A section that DeepSpeed reads with a pydantic model.
+    """Check a section that DeepSpeed reads with a pydantic model, which refuses unknown keys and wrong choices.
 
-    Stricter than that: `"yes"`, `1` and `"2"` are no booleans and no numbers, as transformers reads the same section
-    and takes them for what they are.
+    Stricter than the model: `"yes"`, `1` and `"2"` are no booleans and no numbers, as transformers reads the same
+    section and takes them for what they are.
     """
-    check_object(given, source)
-    _check_names(model, given, source)
-    # an "auto" becomes DeepSpeed's default, or the recipe's value
-    without_auto = {name: value for name, value in given.items() if value != AUTO}
+    check_type(given, {}, source)
     try:
-        made = model(**without_auto)
+        made = model(**given)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors()[0], source)) from None
+        raise _model_error(error, model, source) from None
     except Exception as error:  # two names of one thing
         raise UserError(f"{source}: {error}") from None
-    _check_types(made, without_auto, source)
+    _check_types(made, given, source)
 
 
 def check_optimizer(given: Any, offloaded: bool, source: str) -> None:
-    kind, params = _type_and_params(given, source, {"legacy_fusion"})
+    kind, params = _type_and_params(given, {"legacy_fusion": False}, source)
+    lower = kind.lower()
     known = {*DEEPSPEED_OPTIMIZERS, *_classes(torch.optim, torch.optim.Optimizer)}
-    if kind.lower() in NEEDS_MUP:
+    if lower in NEEDS_MUP:
         raise UserError(
             f"{source}.type {kind!r} needs the package mup, which this project does not install; name another"
         )
-    if kind not in known and kind.lower() not in DEEPSPEED_OPTIMIZERS:
+    if kind not in known and lower not in DEEPSPEED_OPTIMIZERS:
         raise UserError(f"{source}.type: no optimizer is named {kind!r}{did_you_mean(kind, known)}")
-    if "legacy_fusion" in given:
-        check_like(given["legacy_fusion"], False, f"{source}.legacy_fusion")
     if "max_grad_norm" in params:
         raise UserError(f"{source}.params.max_grad_norm: set max_grad_norm in the recipe instead")
-    if kind.lower() != "muon":  # its keys are spread over two optimizers, and importing it compiles kernels
-        defaults = _parameters(_optimizer(kind, bool(params.get("torch_adam")), offloaded))
-        defaults |= SWITCHES.get(kind.lower(), {})
-        _check_params(params, defaults, "optimizer", f"{source}.params")
+    if lower == "muon":  # its keys are spread over two optimizers, and importing it compiles kernels
+        return
+    switches = ADAM_SWITCHES if lower in ("adam", "adamw") else {}
+    if switches and params.get("torch_adam"):
+        made: type = torch.optim.AdamW
+    else:
+        made = (OFFLOADED_OPTIMIZERS if offloaded else OPTIMIZERS).get(lower) or getattr(torch.optim, kind)
+    _check_params(params, _parameters(made) | switches, FILLED_OPTIMIZER, f"{source}.params")
 
 
 def check_scheduler(given: Any, source: str) -> None:
-    kind, params = _type_and_params(given, source, set())
+    kind, params = _type_and_params(given, {}, source)
     classes = _classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
     classes |= {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES}
     if kind not in classes:
         raise UserError(f"{source}.type: no scheduler is named {kind!r}{did_you_mean(kind, classes)}")
     defaults = _parameters(classes[kind])
-    _check_params(params, defaults, "scheduler", f"{source}.params")
     for name, default in defaults.items():
         if default is inspect.Parameter.empty and name not in params:
-            auto = ', "auto" for example' if name in FILLED["scheduler"] else ""
+            auto = ', "auto" for example' if name in FILLED_SCHEDULER else ""
             raise UserError(f"{source}.params: {kind} needs {name}{auto}")
+        if isinstance(params.get(name), list):  # one value for each group of parameters
+            defaults[name] = None
+    _check_params(params, defaults, FILLED_SCHEDULER, f"{source}.params")
 
 
-def _check_names(model: type[BaseModel], given: dict, source: str) -> None:
-    fields = _fields(model)
-    for name, value in given.items():
-        if name not in fields:
-            raise unknown_key(source, name, fields)
-        annotation = model.model_fields[fields[name]].annotation
-        nested = _class_in(annotation, BaseModel)
-        if nested and isinstance(value, dict):
-            _check_names(nested, value, f"{source}.{name}")
-        choices = _class_in(annotation, Enum)
-        if choices and value == AUTO:  # never filled in: DeepSpeed would silently use its default
-            known = ", ".join(str(choice.value) for choice in choices)
-            raise UserError(f'{source}.{name} must be one of {known}, got "auto"')
+def _kind(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, tuple) or (isinstance(value, list) and all(_kind(item) == "a number" for item in value)):
+        return f"a list of {len(value)} numbers"
+    return {str: "a string", dict: "an object"}.get(type(value))
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        return "something nested too deeply"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _model_error(error: ValidationError, model: type[BaseModel], source: str) -> UserError:
+    """The first of pydantic's errors in one line, with the key in front."""
+    first = error.errors()[0]
+    *parents, name = [source, *map(str, first["loc"])]
+    if first["type"] == "extra_forbidden":
+        return unknown_key(".".join(parents), name, _fields(model) if len(parents) == 1 else ())
+    key = ".".join([*parents, name])
+    if "error" in first.get("ctx", {}):  # from a validator of DeepSpeed's own
+        return UserError(f"{key}: {first['ctx']['error']}")
+    return UserError(f"{key}: {first['msg']}, got {_shown(first['input'])}")
 
 
 def _fields(model: type[BaseModel]) -> dict[str, str]:
@@ -137,73 +147,24 @@ def _fields(model: type[BaseModel]) -> dict[str, str]:
     return {name: key for key, field in model.model_fields.items() for name in (key, field.alias or key)}
 
 
-def _class_in(annotation: Any, base: type) -> Any:
-    """The subclass of `base` that `annotation` is, or is an Optional of."""
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, base):
-            return part
-    return None
-
-
 def _check_types(made: BaseModel, given: dict, source: str) -> None:
     fields = _fields(type(made))
     for name, value in given.items():
-        got = getattr(made, fields[name], None)
-        if isinstance(got, BaseModel) and isinstance(value, dict):
-            _check_types(got, value, f"{source}.{name}")
-        elif isinstance(got, int | float) and value is not None and value != AUTO:
-            if isinstance(got, bool) and not isinstance(value, bool):
-                raise UserError(f"{source}.{name} must be true or false, got {_shown(value)}")
-            if not isinstance(got, bool) and not _is_number(value):
-                kind = "an integer" if isinstance(got, int) else "a number"
-                raise UserError(f"{source}.{name} must be {kind}, got {_shown(value)}")
+        if name not in fields:  # "strict", an argument of DeepSpeed's models
+            raise unknown_key(source, name, fields)
+        read = getattr(made, fields[name], None)
+        if value == AUTO and name in CHOICES:
+            raise _not_filled(f"{source}.{name}")
+        if isinstance(read, BaseModel) and isinstance(value, dict):
+            _check_types(read, value, f"{source}.{name}")
+        elif isinstance(read, int | float) and value is not None and value != AUTO:
+            check_type(value, read, f"{source}.{name}")
 
 
-def _sentence(error: ErrorDetails, source: str) -> str:
-    """What pydantic says of one value, with the key in front."""
-    key = ".".join([source, *map(str, error["loc"])])
-    kind, _, rest = error["msg"].partition(", ")
-    if kind in ("Value error", "Assertion failed"):
-        return f"{key}: {rest.removeprefix(key.split(': ')[-1]).strip()}"
-    if error["type"] == "model_type":
-        return f"{key} must be an object, got {_shown(error['input'])}"
-    expected = error["msg"].replace("Input should be", "must be")
-    choices = []
-    if error["type"] in ("enum", "literal_error"):  # of stages pydantic counts the largest twice
-        choices = [*dict.fromkeys(re.findall(r"\w+", error["ctx"]["expected"].replace(" or ", " ")))]
-        expected = f"must be one of {', '.join(choices)}"
-    return f"{key} {expected}, got {_shown(error['input'])}{did_you_mean(error['input'], choices)}"
-
-
-def _type_and_params(given: Any, source: str, others: set[str]) -> tuple[str, dict]:
-    check_object(given, source)
-    known = {"type", "params"} | others
-    for name in given:
-        if name not in known:
-            raise unknown_key(source, name, known)
-    if not isinstance(given.get("type"), str):
-        raise UserError(f"{source}.type must be a name, got {_shown(given.get('type'))}")
-    params = given.setdefault("params", {})
-    check_object(params, f"{source}.params")
-    return given["type"], params
-
-
-def _optimizer(kind: str, torch_adam: bool, offloaded: bool) -> type:
-    """The class that DeepSpeedEngine._configure_basic_optimizer takes for this name."""
-    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-    from deepspeed.ops.lamb import FusedLamb
-    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
-
-    adam = torch.optim.AdamW if torch_adam else DeepSpeedCPUAdam if offloaded else FusedAdam
-    own = {
-        "adam": adam,
-        "adamw": adam,
-        "adagrad": DeepSpeedCPUAdagrad if offloaded else torch.optim.Adagrad,
-        "lamb": FusedLamb,
-        "lion": DeepSpeedCPULion if offloaded else FusedLion,
-    }
-    return own.get(kind.lower()) or getattr(torch.optim, kind)
+def _type_and_params(given: Any, others: dict[str, Any], source: str) -> tuple[str, dict]:
+    check_section(given, {"type": "", "params": {}} | others, source)
+    check_type(given.get("type"), "", f"{source}.type")
+    return given["type"], given.setdefault("params", {})
 
 
 def _classes(module, base: type) -> dict[str, type]:
@@ -217,26 +178,12 @@ def _parameters(made: type) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name not in ("last_batch_iteration", "last_epoch")}
 
 
-def _check_params(params: dict, defaults: dict[str, Any], section: str, source: str) -> None:
-    for name, value in params.items():
-        if name not in defaults:
-            raise unknown_key(source, name, defaults)
-        if value == AUTO and name in FILLED[section]:
-            continue
-        if value == AUTO:
-            raise UserError(f'{source}.{name} cannot be "auto": nothing fills it in; give a value or leave it out')
-        if isinstance(value, list) and not isinstance(defaults[name], tuple) and section == "scheduler":
-            continue  # one value for each group of parameters
-        check_like(value, defaults[name], f"{source}.{name}")
+def _check_params(params: dict, defaults: dict[str, Any], filled: set[str], source: str) -> None:
+    autos = {name for name, value in params.items() if value == AUTO}
+    check_section(params, defaults | dict.fromkeys(autos & defaults.keys()), source)
+    for name in sorted(autos - filled):
+        raise _not_filled(f"{source}.{name}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = json.dumps(value, default=str)
-    except RecursionError:
-        return "something nested too deeply"
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _not_filled(key: str) -> UserError:
+    return UserError(f'{key} cannot be "auto": nothing fills it in; give a value or leave it out')

@@ -256,7 +256,7 @@ def test_built_in_deepspeed_configurations(zero, tp):
         ("{}", {"zero": 1}, 1, "--zero"),
         ('{"tensor_parallel": null}', {}, 1, "tensor_parallel must be an object"),
         ('{"zero_optimization": 2}', {}, 1, "zero_optimization must be an object"),
-        ('{"tensor_parallel": {"autotp_size": "2"}}', {}, 2, "autotp_size must be an integer"),
+        ('{"tensor_parallel": {"autotp_size": "2"}}', {}, 2, "autotp_size must be a number"),
     ],
 )
 def test_mistakes_in_a_deepspeed_file(tmp_path, content, options, ranks, word):
