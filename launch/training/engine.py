@@ -7,6 +7,7 @@ from transformers import Trainer, TrainerCallback
 from launch.common.library_patches import follow_this_schedule, keep_fp32_grad_norm, place_step_counts
 from launch.common.paths import CHECKPOINT
 from launch.data.sampler import GroupedByLength
+from launch.process.ranks import say
 
 
 class EngineReady(TrainerCallback):
@@ -24,7 +25,13 @@ class EngineReady(TrainerCallback):
             schedule = self.trainer.lr_scheduler
             follow_this_schedule(getattr(schedule, "scheduler", schedule), self.trainer.optimizer)  # if wrapped
         if state.best_global_step:  # in this directory, even if the run was copied from another one
-            state.best_model_checkpoint = str(Path(args.output_dir) / CHECKPOINT.format(step=state.best_global_step))
+            best = Path(args.output_dir) / CHECKPOINT.format(step=state.best_global_step)
+            state.best_model_checkpoint = str(best) if best.exists() else None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            best = f"step {state.best_global_step}" if state.best_global_step else "no step"
+            say(f"the last weights are exported: {best} evaluated best, and has no checkpoint (--save_steps)")
 
 
 class SamplerEpoch(TrainerCallback):

@@ -114,8 +114,10 @@ class SftTrainer(TrainerWithHooks):
 
     def _point_to_best(self, folder: Path, run: Path) -> None:
         """Correct the path of the best checkpoint, which Trainer noted while this one was still aside."""
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run / CHECKPOINT.format(step=self.state.best_global_step))
+        if step := self.state.best_global_step:
+            best = run / CHECKPOINT.format(step=step)
+            saved = step == self.state.global_step or best.exists()  # not where evaluations come between checkpoints
+            self.state.best_model_checkpoint = str(best) if saved else None
             if is_main():
                 self.state.save_to_json(folder / TRAINER_STATE_NAME)
 

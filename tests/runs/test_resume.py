@@ -217,6 +217,14 @@ def test_the_best_checkpoint_is_looked_at_and_the_last_one_is_kept(runs):
     assert (copied / "checkpoint-8").exists()
 
 
+def test_the_last_weights_are_exported_where_the_best_step_has_no_checkpoint(runs):
+    """Without learning every evaluation is alike, and the first is the best: at step 2, between checkpoints."""
+    options = {"load_best_model_at_end": True, "save_steps": 4, "eval_steps": 2, "learning_rate": 0}
+    said = launch_many(runs, 1, [command(runs, ALONE, "unsaved-best", **options)])
+    assert "the last weights are exported: step 2 evaluated best, and has no checkpoint" in said
+    assert (runs / "unsaved-best/model").exists()
+
+
 def test_a_best_checkpoint_that_nothing_could_tell_is_refused(runs):
     bare = {"save_strategy": "best", "eval_data": runs / "heldout.jsonl", "eval_strategy": "no"}
     said = launch_many(runs, 1, [command(runs, ALONE, "untold", **bare)], code=2)
