@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM, Trainer
 
 from launch.model.attention_mask import padding_is_unseen
+from launch.training.token_meter import TokenMeter
 from launch.training.trainer import SftTrainer
 
 SMALL = {
@@ -78,8 +79,12 @@ def test_kept_for_code_that_nobody_knows():
 
 @pytest.mark.parametrize("unseen", [True, False])
 def test_what_reaches_the_model(monkeypatch, unseen):
-    monkeypatch.setattr(Trainer, "_prepare_inputs", lambda _, inputs: inputs)
+    reached = []
+    for step in ("training_step", "prediction_step"):
+        monkeypatch.setattr(Trainer, step, lambda _self, _model, inputs, *_: reached.append(dict(inputs)))
     trainer = object.__new__(SftTrainer)
-    trainer.model, trainer._padding_is_unseen = SimpleNamespace(training=False), unseen
-    inputs = trainer._prepare_inputs({"attention_mask": torch.ones(1), "label_tokens": 7, "where": []})
-    assert inputs.keys() == {"label_tokens"} | (set() if unseen else {"attention_mask"})
+    trainer._padding_is_unseen, trainer.train_meter = unseen, TokenMeter()
+    trainer.accelerator = SimpleNamespace(sync_gradients=False)
+    for step in (trainer.training_step, trainer.prediction_step):
+        step(None, {"attention_mask": torch.ones(1), "label_tokens": 7, "where": []})
+    assert [inputs.keys() for inputs in reached] == [{"label_tokens"} | (set() if unseen else {"attention_mask"})] * 2
