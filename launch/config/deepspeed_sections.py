@@ -119,7 +119,9 @@ def _kind(value: Any) -> str | None:
         return "a number"
     if isinstance(value, tuple) or (isinstance(value, list) and all(_kind(item) == "a number" for item in value)):
         return f"a list of {len(value)} numbers"
-    return {str: "a string", dict: "an object"}.get(type(value))
+    if isinstance(value, str):
+        return "a string"
+    return "an object" if isinstance(value, dict) else None
 
 
 def _shown(value: Any) -> str:
