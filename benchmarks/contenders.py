@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smoothing import VocabShard, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from smoothing.core.options import DEFAULT_IGNORE_INDEX
 from smoothing.model.gather_logits import gather_logits
 
 
@@ -26,12 +27,12 @@ class Problem:
 
     @classmethod
     def make(cls, tokens: int, vocab: int, hidden: int, smoothing: float, ignored: float, dtype=torch.float32):
-        """Random, the same for the same arguments; the share `ignored` of the labels is -100."""
+        """Random, the same for the same arguments; the share `ignored` of the labels carries the ignore index."""
         shard = VocabShard.split(vocab, dist.group.WORLD)
         generator = torch.Generator().manual_seed(0)
         hidden_TH = torch.randn(tokens, hidden, generator=generator)
         target_T = torch.randint(vocab, (tokens,), generator=generator)
-        target_T[torch.randperm(tokens, generator=generator)[: round(ignored * tokens)]] = -100
+        target_T[torch.randperm(tokens, generator=generator)[: round(ignored * tokens)]] = DEFAULT_IGNORE_INDEX
         generator.manual_seed(1 + shard.rank)
         weight_SH = torch.randn(shard.size, hidden, generator=generator).mul_(hidden**-0.5)
         leaves = (hidden_TH.to(dtype).requires_grad_(), weight_SH.to(dtype).requires_grad_())
@@ -101,7 +102,7 @@ def megatron_smoothed(p: Problem) -> Tensor:
 
 
 def _mean_of_labelled(losses_T: Tensor, p: Problem) -> Tensor:
-    labelled_T = p.target != -100
+    labelled_T = p.target != DEFAULT_IGNORE_INDEX
     return (losses_T * labelled_T).sum() / labelled_T.sum()
 
 
@@ -141,7 +142,7 @@ def loss_parallel_context():
 def products_alone(p: Problem) -> None:
     """The three products that no head can do without, each in one piece, with nothing between them and no traffic."""
     with torch.no_grad():
-        labelled_NH = p.hidden[p.target != -100]
+        labelled_NH = p.hidden[p.target != DEFAULT_IGNORE_INDEX]
         logits_NS = labelled_NH @ p.weight.t()
         logits_NS @ p.weight
         logits_NS.t() @ labelled_NH
