@@ -14,14 +14,14 @@ from smoothing import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_
 from smoothing.model.forward_state import shifted
 from smoothing.reference import hf_label_smoother, onehot_cross_entropy, torch_cross_entropy
 
-LABEL_TOKENS = 256  # compared with the reference; an fp64 gradient of a large vocabulary takes its time
+LABEL_TOKENS = 256  # compared with the reference; an fp64 gradient of a large vocabulary takes long
 FORMULATIONS = (torch_cross_entropy, hf_label_smoother, onehot_cross_entropy)
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # of hidden states, weight, target and smoothing
 
 
 @dataclass(frozen=True)
 class HeadInput:
-    """What a head computes the loss from: label tokens of a real batch. T tokens, H hidden, V vocabulary."""
+    """The input of an output head: labelled tokens of a real batch. T tokens, H hidden, V vocabulary."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
@@ -30,30 +30,30 @@ class HeadInput:
 
 
 def capture_head_input(model, batch: dict[str, Tensor], smoothing: float) -> HeadInput:
-    """Run the body once and keep what reaches the output head, for tokens that have a label."""
-    seen = []
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+    """Run the model once and keep the input of its output head, for tokens that have a label."""
+    captured = []
+    lm_head = model.get_output_embeddings()
+    handle = lm_head.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0].detach()))
     with torch.no_grad():
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     handle.remove()
     target = shifted(batch["labels"], IGNORED)
     valid = target != IGNORED
     chosen = valid.flatten().nonzero().squeeze(1)[:LABEL_TOKENS]
-    hidden_TH = seen[0].flatten(0, -2)[chosen]
-    return HeadInput(hidden_TH, head.weight.detach(), target.flatten()[chosen], smoothing)
+    hidden_TH = captured[0].flatten(0, -2)[chosen]
+    return HeadInput(hidden_TH, lm_head.weight.detach(), target.flatten()[chosen], smoothing)
 
 
-def check_formulations(given: HeadInput) -> Check:
-    """The three formulations of the loss are one number."""
-    logits = F.linear(given.hidden_TH.double(), given.weight_VH.double())
-    values = [loss(logits, given.target_T, given.smoothing).item() for loss in FORMULATIONS]
+def check_formulations(head_input: HeadInput) -> Check:
+    """Check that the three formulations of the loss give the same number."""
+    logits = F.linear(head_input.hidden_TH.double(), head_input.weight_VH.double())
+    values = [loss(logits, head_input.target_T, head_input.smoothing).item() for loss in FORMULATIONS]
     spread = (max(values) - min(values)) / abs(values[0])
     return Check("torch = LabelSmoother = smoothed one-hot, fp64", f"spread {spread:.1e}", "1e-12", spread <= 1e-12)
 
 
-def heads() -> dict[str, Loss]:
-    """Every head as a function of hidden states, weight and target."""
+def head_losses() -> dict[str, Loss]:
+    """The loss of each head as a function of hidden states, weight, target and smoothing."""
 
     def sharded(hidden, weight, target, epsilon):
         return vocab_parallel_cross_entropy(F.linear(hidden, weight), target, label_smoothing=epsilon)
@@ -64,13 +64,13 @@ def heads() -> dict[str, Loss]:
     return {"fused": fused, "sharded": sharded}
 
 
-def check_heads(given: HeadInput) -> list[Check]:
-    """Loss and both gradients of each head against fp64, held to twice the plain method's own error."""
-    truth = with_gradients(_plain, given, torch.float64)
-    plain = [relative_error(x, y) for x, y in zip(with_gradients(_plain, given), truth, strict=True)]
+def check_heads(head_input: HeadInput) -> list[Check]:
+    """Compare loss and gradients of each head with fp64; allow twice the error of the plain method."""
+    truth = with_gradients(_plain, head_input, torch.float64)
+    plain = [relative_error(x, y) for x, y in zip(with_gradients(_plain, head_input), truth, strict=True)]
     checks = []
-    for name, head in heads().items():
-        got = with_gradients(head, given)
+    for name, loss in head_losses().items():
+        got = with_gradients(loss, head_input)
         for part, x, y, allowed in zip(("loss", "grad hidden", "grad weight"), got, truth, plain, strict=True):
             deviation, bound = relative_error(x, y), 2 * allowed + 4 * torch.finfo(torch.float32).eps
             checks.append(
@@ -79,22 +79,24 @@ def check_heads(given: HeadInput) -> list[Check]:
     return checks
 
 
-def check_split(given: HeadInput, ranks: int) -> Check:
-    """The vocabulary split over `ranks` real processes, on this batch, against fp64."""
-    truth, *_ = with_gradients(_plain, given, torch.float64)
-    logits = F.linear(given.hidden_TH, given.weight_VH).float().cpu()
+def check_split(head_input: HeadInput, ranks: int) -> Check:
+    """Compare the loss with the vocabulary split over `ranks` processes with fp64."""
+    truth, *_ = with_gradients(_plain, head_input, torch.float64)
+    logits = F.linear(head_input.hidden_TH, head_input.weight_VH).float().cpu()
     plain = relative_error(
-        F.cross_entropy(logits, given.target_T.cpu(), label_smoothing=given.smoothing), truth.cpu()
+        F.cross_entropy(logits, head_input.target_T.cpu(), label_smoothing=head_input.smoothing), truth.cpu()
     )
     try:
-        losses, grad_error = simulate_split(logits, given.target_T.cpu(), given.smoothing, ranks)
+        losses, grad_error = simulate_split(logits, head_input.target_T.cpu(), head_input.smoothing, ranks)
     except RuntimeError as error:
         return Check(f"split over {ranks} ranks", str(error), "", False)
     deviation = max(relative_error(torch.tensor(loss, dtype=torch.float64), truth.cpu()) for loss in losses)
     bound = 2 * plain + 4 * torch.finfo(torch.float32).eps
-    alike = len(set(losses)) == 1
-    passed = alike and deviation <= bound and grad_error <= 1e-5
-    figure = f"loss {deviation:.1e}, gradient {grad_error:.1e} of fp64; ranks {'identical' if alike else 'DIFFER'}"
+    identical = len(set(losses)) == 1
+    passed = identical and deviation <= bound and grad_error <= 1e-5
+    figure = (
+        f"loss {deviation:.1e}, gradient {grad_error:.1e} of fp64; ranks {'identical' if identical else 'DIFFER'}"
+    )
     return Check(f"split over {ranks} ranks", figure, f"{bound:.1e}, 1e-5", passed)
 
 
@@ -102,11 +104,15 @@ def _plain(hidden, weight, target, epsilon):
     return F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=epsilon)
 
 
-def with_gradients(head, given: HeadInput, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = given.hidden_TH.detach().to(dtype or given.hidden_TH.dtype).requires_grad_()
-    weight = given.weight_VH.detach().to(dtype or given.weight_VH.dtype).requires_grad_()
-    loss = head(hidden, weight, given.target_T, given.smoothing)
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+def with_gradients(
+    loss_function: Loss, head_input: HeadInput, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss and its gradients of hidden states and weight, computed in `dtype`."""
+    hidden = head_input.hidden_TH.detach().to(dtype or head_input.hidden_TH.dtype).requires_grad_()
+    weight = head_input.weight_VH.detach().to(dtype or head_input.weight_VH.dtype).requires_grad_()
+    loss = loss_function(hidden, weight, head_input.target_T, head_input.smoothing)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
+    return loss.detach(), grad_hidden, grad_weight
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a run will need on each rank, estimated before it starts.
+"""Estimate of the memory that a run needs on each rank, before it starts.
 
 A formula, not a measurement: weights, gradients and optimizer as ZeRO shards them, the head's logits, and the
 activations of a plain transformer layer. Fragmentation, communication buffers and the framework come on top.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from launch.common.units import GIB
 from smoothing.linear.chunks import default_chunk_bytes
 
-# Values kept for backward by a transformer layer, in units of tokens·hidden: the inputs of its matrix products,
+# Values that a transformer layer keeps for backward, in units of tokens·hidden: the inputs of its matrix products,
 # norms and activation function, with attention that keeps no score matrix.
 KEPT_PER_LAYER = 34 / 2
 KEPT_PER_CHECKPOINTED_LAYER = 1
@@ -36,42 +36,42 @@ class Setup:
 
 
 def estimate(setup: Setup) -> dict[str, float]:
-    """GiB a rank by part, and their `total`."""
-    bytes_ = 2 if setup.low_precision else 4
+    """Estimate GiB per rank, by part and in `total`."""
+    value_bytes = 2 if setup.low_precision else 4
     own = setup.parameters / setup.tensor_parallel
     shards = setup.data_parallel
-    weights = own * bytes_ / (shards if setup.zero >= 3 else 1)
-    gradients = own * bytes_ / (shards if setup.zero >= 2 else 1)
+    weights = own * value_bytes / (shards if setup.zero >= 3 else 1)
+    gradients = own * value_bytes / (shards if setup.zero >= 2 else 1)
     # Adam's two moments, and with low precision an fp32 copy of the weights
     optimizer = own * (12 if setup.low_precision else 8) / (shards if setup.zero >= 1 else 1)
     if setup.offload:
         weights, optimizer = 0.0, 0.0
     kept = KEPT_PER_CHECKPOINTED_LAYER if setup.checkpointing else KEPT_PER_LAYER
-    activations = setup.tokens * setup.hidden * setup.layers * kept * bytes_
-    head = _head(setup, bytes_)
-    # ZeRO 1 and 2 update from a flat copy of the gradients, in fp32, when activations and head are gone
+    activations = setup.tokens * setup.hidden * setup.layers * kept * value_bytes
+    head_bytes = _head_bytes(setup, value_bytes)
+    # ZeRO 1 and 2 update from a flat copy of the gradients, in fp32, after activations and logits are freed
     step = own / shards * (6 if setup.low_precision else 4) if setup.zero in (1, 2) else 0.0
     parts = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
-        "head": head,
-        "more in an update": max(0.0, step - activations - head),
+        "head": head_bytes,
+        "more in the update": max(0.0, step - activations - head_bytes),
     }
     return {name: size / GIB for name, size in parts.items()} | {"total": sum(parts.values()) / GIB}
 
 
-def _head(setup: Setup, bytes_: int) -> float:
-    """What the head holds beside its weight and gradient, which is where memory peaks for a large vocabulary."""
+def _head_bytes(setup: Setup, value_bytes: int) -> float:
+    """Bytes of the head beyond its weight and gradient; a large vocabulary has its peak here."""
     if setup.head == "dense":
-        # gathered, in fp32, with their log-softmax and gradient
-        return setup.tokens * setup.vocab * (bytes_ + 3 * 4)
+        # gathered logits, and in fp32: logits, log-softmax and gradient
+        return setup.tokens * setup.vocab * (value_bytes + 3 * 4)
     if setup.head == "sharded":
-        return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * bytes_
+        return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * value_bytes
     weight = setup.vocab // setup.tensor_parallel * setup.hidden * 4
     chunks = setup.chunk_bytes or default_chunk_bytes(weight, setup.device)
     if not setup.low_precision:
         return chunks
-    # its gradient summed in fp32; and chunks, for which there is the room that the rounded gradient takes afterwards
+    # the weight gradient summed in fp32, and the chunks, which use the space that the rounded gradient takes later
     return weight + max(0.0, chunks - weight / 2)

@@ -1,4 +1,4 @@
-"""Checks of the run's own model and batch: what is learned, the installed loss, and whether it can learn at all."""
+"""Checks of the run's own model and batch: the label mask, the installed loss, and whether the model can learn."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from smoothing.model.forward_state import shifted
 from smoothing.reference import torch_cross_entropy
 
 OVERFIT_STEPS = 20  # at each rate, until the nll is halved
-OVERFIT_RATES = (1e-4, 1e-3, 5e-3)  # the last alone for a model of random weights
+OVERFIT_RATES = (1e-4, 1e-3, 5e-3)  # a model with random weights uses the last alone
 OVERFIT_PARAMETERS = 300_000_000
 
 
 def check_mask(batch: dict[str, Tensor]) -> Check:
+    """Check that every row has labels, that labels repeat the input ids, and that padding has none."""
     labels, ids, real = batch["labels"], batch["input_ids"], batch["attention_mask"].bool()
     learned = labels != IGNORED
     right = bool(learned[:, 1:].any(1).all()) and bool((labels[learned] == ids[learned]).all())
@@ -26,14 +27,14 @@ def check_mask(batch: dict[str, Tensor]) -> Check:
 
 
 def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> list[Check]:
-    """The model's loss with each head installed, against the reference on its own logits."""
+    """Compare the model's loss with each head installed with the reference on its own logits."""
     checks = []
     model.train()
-    torch.manual_seed(0)  # here and below: the same dropout masks, where a model has dropout
+    torch.manual_seed(0)  # here and below: the same dropout masks, if the model has dropout
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     target = shifted(batch["labels"], IGNORED).flatten()
-    labelled = target != IGNORED  # logits of all positions in fp64 may be more than a run ever holds
+    labelled = target != IGNORED  # fp64 logits of all positions may take more memory than the run ever does
     truth = torch_cross_entropy(logits.flatten(0, 1)[labelled].double(), target[labelled], options.smoothing).item()
     tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
     for head in HEADS:
@@ -53,7 +54,7 @@ def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> lis
 
 
 def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check:
-    """Some steps on one batch: the nll must fall by half. The last layers only, where a model is large."""
+    """Train some steps on one batch: the nll must fall by half. A large model trains its last layers only."""
     chosen: list[torch.nn.Parameter] = []
     count = 0
     for parameter in reversed(list(model.parameters())):
@@ -65,11 +66,11 @@ def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check
     rates = OVERFIT_RATES if options.model is not None else OVERFIT_RATES[-1:]
     nll = []
 
-    def note(stats) -> None:
+    def record_nll(stats) -> None:
         nll.append((stats.nll.sum() / stats.valid.sum()).item())
 
     model.train()
-    with install_smoothed_loss(model, label_smoothing=options.smoothing, head=options.head, on_stats=note):
+    with install_smoothed_loss(model, label_smoothing=options.smoothing, head=options.head, on_stats=record_nll):
         for rate in rates:
             optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
             for _ in range(OVERFIT_STEPS):

@@ -1,4 +1,4 @@
-"""A run's own tensor-parallel split of the vocabulary on one machine: as many real processes as it has ranks."""
+"""Simulation of a run's vocabulary split on one machine, with one process per tensor-parallel rank."""
 
 import os
 import subprocess
@@ -18,24 +18,24 @@ TIME_LIMIT = 300  # seconds
 
 
 def simulate_split(logits_TV: Tensor, target_T: Tensor, smoothing: float, ranks: int) -> tuple[list[float], float]:
-    """The sharded loss of these logits on `ranks` gloo processes on the CPU.
+    """Compute the sharded loss of these logits on `ranks` gloo processes on the CPU.
 
-    Returns each rank's loss and the error of the gradient that they computed together, relative to fp64. Raises
-    `RuntimeError` with the ranks' own words if one of them failed.
+    Returns each rank's loss, and the error of the gradient relative to fp64. Raises `RuntimeError` with the ranks'
+    error output if one of them fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save((logits_TV, target_T, smoothing), Path(folder) / "input.pt")
         _start(ranks, folder)
-        answers = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+        results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     truth_TV = logits_TV.double().requires_grad_()
     F.cross_entropy(truth_TV, target_T, label_smoothing=smoothing).backward()
-    gradient_TV = torch.cat([gradient for _, gradient in answers], dim=1).double()
+    gradient_TV = torch.cat([gradient for _, gradient in results], dim=1).double()
     error = (gradient_TV - truth_TV.grad).norm() / truth_TV.grad.norm()
-    return [loss for loss, _ in answers], error.item()
+    return [loss for loss, _ in results], error.item()
 
 
 def _start(ranks: int, folder: str) -> None:
-    """Each rank in a process that imports this module alone; once one has failed the others are killed."""
+    """Run each rank in a process of its own; kill the others as soon as one fails."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "launch.preflight.split", str(ranks), folder]
     started = [
@@ -51,7 +51,7 @@ def _start(ranks: int, folder: str) -> None:
         process.kill()
     if any(state != 0 for state in states):
         failed = [process.communicate()[1] for process, state in zip(started, states, strict=True) if state]
-        raise RuntimeError("\n".join(failed) or f"no answer within {TIME_LIMIT} s")
+        raise RuntimeError("\n".join(failed) or f"no result within {TIME_LIMIT} s")
 
 
 def _one_rank(rank: int, ranks: int, folder: str) -> None:

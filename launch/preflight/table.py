@@ -1,4 +1,4 @@
-"""The table of `--sanity`: one row a check, with the figure that it is judged by."""
+"""The table of `--sanity`: one row per check, with its figure and the bound it must meet."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table; `passed` is None for a figure that is not judged."""
+    """One row of the table; `passed` is None for a figure without a bound."""
 
     name: str
     figure: str

@@ -51,5 +51,5 @@ def test_what_the_head_holds():
 
 def test_an_update_takes_the_place_of_activations():
     parts = estimate(replace(PLAIN, tokens=10**8))
-    assert parts["activations"] * GIB == 2 * 17e8 and parts["more in an update"] * GIB < 2.7e9
-    assert estimate(replace(PLAIN, tokens=10**9))["more in an update"] == 0
+    assert parts["activations"] * GIB == 2 * 17e8 and parts["more in the update"] * GIB < 2.7e9
+    assert estimate(replace(PLAIN, tokens=10**9))["more in the update"] == 0

@@ -209,7 +209,7 @@ def test_a_mistake_on_one_rank_alone(folder):
     launch = ForkedLaunch(folder, "nodes", LAYOUT | {"data": "here.jsonl"}, before)
     said = failing(launch)
     assert launch.launcher.returncode == 2 and "Traceback" not in said
-    assert "error: rank 1: 'here.jsonl' should be a data file or directory, but there is none" in said
+    assert "error: rank 1: 'here.jsonl' was expected to be a data file or directory, but does not exist" in said
 
 
 def test_a_value_that_a_library_refuses(folder):

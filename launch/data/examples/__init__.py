@@ -1,1 +1,1 @@
-"""What a row means: its format, its conversation, its tokens, and which of them are labels."""
+"""From a record to a training row: its format, its chat template, its tokens, and which of them are labels."""

@@ -1,7 +1,7 @@
-"""Conversations: the tokenizer's own chat template decides the text, and which of it is an answer.
+"""Encoding of conversations with the tokenizer's chat template, which decides the text and where the answers are.
 
-With one answer the rendered prompt is what precedes it. With several the template has to mark them
-(`{% generation %}`), as nothing else says which tokens the assistant wrote.
+With one answer, the prompt is what the template renders without it. With several, the template has to mark them
+(`{% generation %}`), as nothing else tells which tokens the assistant wrote.
 """
 
 import re
@@ -16,14 +16,14 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def encode_chat(example: ChatExample, tokenizer, max_length: int) -> Row:
-    """The row of a conversation.
+    """Encode a conversation as a row.
 
-    Raises Reject for this conversation, DataError for a tokenizer without a chat template.
+    Raises Reject for a conversation that cannot be used, DataError for a tokenizer without a chat template.
     """
     if not tokenizer.chat_template:
         raise DataError(
             f"{example.where} is a conversation, which needs a tokenizer with a chat template, but this one "
-            "has none; use the tokenizer of an instruction-tuned model or prompt/completion data."
+            "has none; use the tokenizer of an instruction-tuned model, or prompt/completion data."
         )
     answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
     if any(tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token) for answer in answers):
@@ -41,14 +41,14 @@ def encode_chat(example: ChatExample, tokenizer, max_length: int) -> Row:
 def _template(tokenizer) -> str:
     try:
         return tokenizer.get_chat_template()
-    except ValueError as error:  # several, and none of them the default
-        raise Reject("the tokenizer names no default chat template", error_line(error, 80)) from None
+    except ValueError as error:  # several templates without a default
+        raise Reject("the tokenizer has no default chat template", error_line(error, 80)) from None
 
 
-def _render(tokenizer, messages, **options):
-    """What the template makes of the messages. It is a program that came with the model: it may raise anything."""
+def _render(tokenizer, messages, **kwargs):
+    """Apply the chat template. It is a program that came with the model: it may raise anything."""
     try:
-        rendered = tokenizer.apply_chat_template(messages, **options)
+        rendered = tokenizer.apply_chat_template(messages, **kwargs)
         return unicode(rendered, "the rendered conversation") if isinstance(rendered, str) else rendered
     except Reject:
         raise
@@ -63,9 +63,9 @@ def _one_answer(example: ChatExample, tokenizer, max_length: int) -> Row:
         prompt = ""
     text = _render(tokenizer, example.messages, tokenize=False)
     if not text.startswith(prompt):
-        raise Reject("the chat template renders the prompt otherwise once it is answered")
+        raise Reject("the chat template renders the prompt differently when the answer follows")
     completion = text[len(prompt) :]
-    # Many templates end a turn with EOS and a newline; the newline would follow the stop.
+    # Many templates end a turn with EOS and a newline; the newline would follow EOS.
     stripped = completion.rstrip()
     if stripped.endswith(tokenizer.eos_token):
         completion = stripped
@@ -78,7 +78,7 @@ def _marked_answers(example: ChatExample, tokenizer, max_length: int) -> Row:
     if 1 not in mask:
         raise Reject("the chat template marks no answer")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # Past the last answer only its stop matters, which a template may have left outside the mark.
+    # After the last answer only its EOS matters, which a template may have left outside the mark.
     end = len(mask) - mask[::-1].index(1)
     ids, mask = ids[:end], mask[:end]
     if ids[-1] != eos:

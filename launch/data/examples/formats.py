@@ -1,4 +1,4 @@
-"""Which format a record is in, and the example it stands for."""
+"""The formats of records, and their conversion to examples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ Example = TextExample | ChatExample | TokenExample
 
 
 def detect_format(fields: Mapping[str, Any]) -> str | None:
-    """The first format whose fields are all there, those with a value before those that are null."""
+    """Return the first format whose fields all have a value; failing that, the first whose fields are all present."""
     filled = {name for name, value in fields.items() if value is not None}
     for names in (filled, set(fields)):
         for format, needed in FORMATS.items():
@@ -64,7 +64,7 @@ def detect_format(fields: Mapping[str, Any]) -> str | None:
 
 
 def to_example(record: Record, format: str) -> Example:
-    """The example that `record` stands for in `format`. Raises Reject for a field that cannot be used."""
+    """Convert `record` from `format` to an example. Raises Reject for a field that cannot be used."""
     fields, where = record.fields, record.where
     if format == "already tokenised":
         return TokenExample(_ids(fields, "input_ids"), _ids(fields, "labels"), where)
@@ -77,9 +77,9 @@ def to_example(record: Record, format: str) -> Example:
         return TextExample(prompt, ANSWER_COMPLETION.format(answer=_answer(fields, "answer")), where)
     if format == "instruction/input/output":
         instruction = _text(fields, "instruction")
-        given = _text(fields, "input") if fields.get("input") is not None else ""
-        template = INSTRUCTION_INPUT_PROMPT if given.strip() else INSTRUCTION_PROMPT
-        prompt = template.format(instruction=instruction, input=given)
+        context = _text(fields, "input") if fields.get("input") is not None else ""
+        template = INSTRUCTION_INPUT_PROMPT if context.strip() else INSTRUCTION_PROMPT
+        prompt = template.format(instruction=instruction, input=context)
         return TextExample(prompt, RESPONSE_COMPLETION.format(output=_answer(fields, "output")), where)
     raise ValueError(f"format should be one of {', '.join(FORMATS)}, got {format!r}")
 
@@ -94,7 +94,7 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 
 
 def unicode(value: str, name: str) -> str:
-    """`value`, if it is text that a tokenizer takes. Raises Reject."""
+    """Return `value` if it can be encoded as UTF-8, which tokenizers need. Raises Reject otherwise."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair
@@ -135,5 +135,5 @@ def _message(message: Any) -> dict[str, Any]:
     content = _text(message, "content")
     if role == "assistant" and not content.strip():
         raise Reject("empty assistant message")
-    # Parquet fills the keys that other messages have with null; templates test for their presence.
+    # Parquet fills in null for keys that only other messages have; templates test for presence.
     return {name: value for name, value in message.items() if value is not None}

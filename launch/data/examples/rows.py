@@ -15,7 +15,7 @@ IGNORED = DEFAULT_IGNORE_INDEX  # the label of a token that is context only
 
 
 class Row(TypedDict):
-    """Ids and labels of equal length, and how many prompt tokens did not fit."""
+    """Token ids and labels of equal length, and how many prompt tokens were cut."""
 
     input_ids: list[int]
     labels: list[int]
@@ -23,16 +23,16 @@ class Row(TypedDict):
 
 
 def token_ids(text: str, tokenizer) -> list[int]:
-    """The ids of `text` alone. Raises Reject for what the tokenizer refuses."""
+    """Tokenize `text` without special tokens. Raises Reject if the tokenizer fails."""
     try:
         # verbose=False: no warning about model_max_length, as the length is checked here.
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # it came with the model, and may raise anything
+    except Exception as error:  # the tokenizer came with the model, and may raise anything
         raise Reject("the tokenizer refuses the text", error_line(error, 80)) from None
 
 
 def join(prompt: list[int], completion: list[int], tokenizer, max_length: int) -> Row:
-    """BOS, prompt, completion, EOS with each end token exactly once. Raises Reject."""
+    """Join prompt and completion, with exactly one BOS and one EOS. Raises Reject for an unusable completion."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prompt = strip_left(prompt, bos)
     completion = strip_right(completion if prompt else strip_left(completion, bos), eos)
@@ -55,7 +55,7 @@ def join(prompt: list[int], completion: list[int], tokenizer, max_length: int) -
 
 
 def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> Row:
-    """The row of ids that came with the data. Raises Reject."""
+    """Make a row of token ids and labels that came with the data. Raises Reject if they are unusable."""
     ids, labels = example.input_ids, example.labels
     if len(ids) != len(labels):
         raise Reject("input_ids and labels differ in length", f"{len(ids)} and {len(labels)}")
@@ -64,9 +64,9 @@ def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> R
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
         raise Reject(f"input_ids outside [0, {vocab_size})", shortened(str(outside[0])))
-    # Models shift labels themselves: a label says nothing but "this input id is to be learned".
+    # Models shift labels themselves, so a label can only repeat the input id at its own position.
     if any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
-        raise Reject(f"labels are neither {IGNORED} nor the input id at their place (shifted already?)")
+        raise Reject(f"labels are neither {IGNORED} nor the input id at their position (shifted already?)")
     # Nothing precedes position 0, so a label there is never predicted.
     if all(label == IGNORED for label in labels[1:]):
         raise Reject("no label tokens")
@@ -74,7 +74,7 @@ def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> R
 
 
 def strip_left(ids: list[int], token: int | None) -> list[int]:
-    """`ids` without the run of `token` at their start."""
+    """Return `ids` without the run of `token` at their start."""
     start = 0
     while start < len(ids) and ids[start] == token:
         start += 1
@@ -82,5 +82,5 @@ def strip_left(ids: list[int], token: int | None) -> list[int]:
 
 
 def strip_right(ids: list[int], token: int | None) -> list[int]:
-    """`ids` without the run of `token` at their end."""
+    """Return `ids` without the run of `token` at their end."""
     return strip_left(ids[::-1], token)[::-1]

@@ -1,4 +1,4 @@
-"""Special tokens that a row's text spells out. A tokenizer reads them as those tokens, which rendered chats need."""
+"""Special tokens spelled out in a row's text. The tokenizer reads them as special tokens, as rendered chats need."""
 
 import re
 
@@ -6,7 +6,7 @@ from launch.data.examples.formats import ChatExample, Example, TextExample
 
 
 class SpelledOut:
-    """Finds them: `</s>` in a question may be intended, or may end the question by accident."""
+    """Finds special tokens in text: `</s>` in a question may be intended, or may end the question by accident."""
 
     def __init__(self, tokenizer):
         tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -14,7 +14,7 @@ class SpelledOut:
         self._start, self._end = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     def first(self, example: Example) -> str | None:
-        """The first in an example's text (of messages, their content), but for a start and an end at their places."""
+        """Return the first special token in an example's text, other than BOS at its start and EOS at its end."""
         if isinstance(example, TextExample):
             texts = [example.prompt.removeprefix(self._start), example.completion.removesuffix(self._end)]
         elif isinstance(example, ChatExample):

@@ -1,4 +1,4 @@
-"""CSV and TSV with line numbers. A row that is damaged costs that row; an unclosed quote costs the rest."""
+"""CSV and TSV with line numbers. A damaged row loses that row; an unclosed quote loses the rest of the file."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from launch.common.messages import shortened
 from launch.common.strict_json import repeated
 from launch.data.records import DataError, Record
 
-UNCLOSED = "unexpected end of data"  # what csv says of nothing but a quote
+UNCLOSED = "unexpected end of data"  # the csv module's message for an unclosed quote, and for nothing else
 
 
 def csv_rows(path: Path) -> Iterator[Record | tuple[str, Reject]]:
@@ -57,8 +57,8 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record | tuple[str, Rejec
 
 
 def _unclosed(lines: list[str], before: int, delimiter: str) -> str:
-    """Where the quote is opened that is never closed in the last `lines` of a file, and what it costs."""
-    # read with forgiveness, its field is the last one and reaches to the end
+    """Tell where the quote opens that the last `lines` of a file never close, and how many lines that loses."""
+    # csv without strict=True reads the unclosed field too: it is the last one and reaches to the end
     *_, field = next(csv.reader(lines, delimiter=delimiter))
     opened = before + len(lines) - max(1, len(list(io.StringIO(field, newline="")))) + 1
     return f"a quote opened at line {opened} is never closed: {_lost(len(lines))} with it"

@@ -1,4 +1,4 @@
-"""Which of a directory's files are read. Every file left out is counted or reported."""
+"""Selection of a directory's data files. Every file left out is counted or reported."""
 
 import os
 import re
@@ -14,22 +14,22 @@ DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # writ
 TRAIN = "train"
 HELD_OUT = "held out"
 MORE = "(s|set|data|split)?"
-PARTS = {  # a name that says both is not trained on
+PARTS = {  # a name that matches both is held out
     HELD_OUT: re.compile(f"(test|val|valid|validation|dev|eval|evaluation|held.?out|hold.?out){MORE}"),
     TRAIN: re.compile(f"train(ing)?{MORE}"),
 }
-Entries = dict[Path, str]  # with why each is not read: "" where it is
+Entries = dict[Path, str]  # each path with the reason why it is not read, "" if it is read
 
 
 def files_of(
     folder: Path, is_data: Callable[[Path], bool], report: DropReport, strict: bool, held_out: bool
 ) -> list[Path]:
-    """The data files under `folder` in sorted order; what else is there goes into `report`, with why it is not read.
+    """List the data files under `folder` in sorted order; other files go into `report`, with why they are not read.
 
-    Nothing hidden, and nothing that is obviously about the data. With names of both kinds, train and test, only one
-    kind is read, and the report says what is left out: to train on, train; as held-out data (`held_out`), test.
+    Hidden files, and those that obviously describe the data, are skipped. Where some files are named train and others
+    test, only one kind is read: train, or test with `held_out`; the report names the files left out.
 
-    Raises DataError where there is nothing to read, or when `strict` for the first file that is of no use.
+    Raises DataError if there is nothing to read, or when `strict` for the first unusable file.
     """
     entries = _entries(folder, is_data)
     left_out = _left_out(entries, folder, held_out)
@@ -43,14 +43,14 @@ def files_of(
             + (f" ({more})." if more else ".")
         )
     if left_out:
-        report.left_out.append(_sentence(folder, left_out, held_out))
+        report.left_out.append(_left_out_note(folder, left_out, held_out))
     for path, why in unread.items():
         report.add(f"{path}:1", Reject("unread file", why, whole_file=True), strict)
     return files
 
 
 def _entries(folder: Path, is_data: Callable[[Path], bool]) -> Entries:
-    """What lies under `folder`, in sorted order."""
+    """List the files under `folder` in sorted order."""
     found = {}
 
     def unlisted(error: OSError) -> None:
@@ -75,14 +75,14 @@ def _about_data(path: Path, is_data: Callable[[Path], bool]) -> bool:
 
 def _why_unread(path: Path, is_data: Callable[[Path], bool]) -> str:
     if not os.path.isfile(path):
-        return "no regular file"
-    return "" if is_data(path) else "no kind that is read"
+        return "not a regular file"
+    return "" if is_data(path) else "not a supported file type"
 
 
 def _left_out(entries: Entries, folder: Path, held_out: bool) -> Entries:
-    """What is named otherwise than the part that is wanted, where both parts are there."""
+    """Select the files that do not belong to the wanted part, where files of both parts are present."""
     parts = {path: _part(path.relative_to(folder)) for path in entries}
-    # A train file counts though it is of no kind that is read: what is beside it is not for training even so.
+    # A train file of an unsupported type counts too: the files beside it are still not for training.
     if TRAIN not in parts.values() or all(why for path, why in entries.items() if parts[path] == HELD_OUT):
         return {}
     wanted = HELD_OUT if held_out else TRAIN
@@ -90,7 +90,7 @@ def _left_out(entries: Entries, folder: Path, held_out: bool) -> Entries:
 
 
 def _part(path: Path) -> str | None:
-    """By a word in the name of the file, or else of the innermost directory that says it."""
+    """Return the part that a word in the file's name stands for, or else in its innermost directory that has one."""
     for name in map(str.lower, reversed(path.parts)):
         words = re.findall("[a-z]+", name)
         words += [f"{first}-{second}" for first, second in pairwise(words)]  # held_out
@@ -100,7 +100,7 @@ def _part(path: Path) -> str | None:
     return None
 
 
-def _sentence(folder: Path, left_out: Entries, held_out: bool) -> str:
+def _left_out_note(folder: Path, left_out: Entries, held_out: bool) -> str:
     place, names = one_line(str(folder)), _names(left_out)
     if held_out:
         return f"{place} has files to evaluate on by their names, so others are left out: {names}"

@@ -1,4 +1,4 @@
-"""Records of a source: which reader a file gets, files of a directory, or a hub name."""
+"""Reading of records from a source: a file with the reader for its type, a directory of files, or a hub name."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,17 +11,17 @@ from launch.data.sources.hub import read_hub
 from launch.data.sources.json_files import GZIP_MAGIC, json_lines, json_list
 from launch.data.sources.parquet_files import parquet_rows
 
-# yields records, and for a row that is unusable its place and why
+# yields a record for each row; for an unusable row, its file:line and the reason
 Reader = Callable[[Path], Iterator[Record | tuple[str, Reject]]]
 BINARY_MAGIC = (b"\x89PNG", b"PK\x03\x04", b"\x7fELF", b"%PDF", b"\xff\xd8\xff", b"\x80\x02", b"\x80\x04")
 TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
 
 
 def read_records(source: str, report: DropReport, strict: bool = False, held_out: bool = False) -> list[Record]:
-    """Records of a file, of a directory of files, or of a hub data set (`name:split`, `name:config:split`).
+    """Read the records of a file, a directory of files, or a hub data set (`name:split`, `name:config:split`).
 
-    Bad rows go into `report`, and so does what is not read of a directory; `held_out`: these records are to be
-    evaluated on. Raises DataError for a source without records, or when `strict` for the first bad row.
+    Bad rows go into `report`, and so do files of a directory that are not read. `held_out`: these records are for
+    evaluation. Raises DataError for a source without records, or when `strict` for the first bad row.
     """
     path = _as_path(source)
     if path is None:
@@ -32,7 +32,7 @@ def read_records(source: str, report: DropReport, strict: bool = False, held_out
 
 
 def _as_path(source: str) -> Path | None:
-    """The path that `source` names, None for a hub name. Raises DataError for a path that is not there."""
+    """Return the path that `source` names, None for a hub name. Raises DataError for a path that does not exist."""
     try:
         path = Path(source).expanduser()
         if source and path.exists():
@@ -42,7 +42,9 @@ def _as_path(source: str) -> Path | None:
     name = source.split(":")[0]
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or _reader(path) is not None
     if looks_like_path or not name.strip():
-        raise DataError(f"{source!r} should be a data file or directory, but there is none; check it.")
+        raise DataError(
+            f"{source!r} was expected to be a data file or directory, but does not exist; check the path."
+        )
     return None
 
 
@@ -77,23 +79,23 @@ def _refuse_binary(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path} was expected to be a regular file.")
     with path.open("rb") as file:
-        head = file.read(4096)
-    if not head:
+        beginning = file.read(4096)
+    if not beginning:
         raise DataError(f"{path} was expected to hold records, but it is empty.")
-    compressed = head.startswith(GZIP_MAGIC)
+    compressed = beginning.startswith(GZIP_MAGIC)
     if compressed and _reader(path) is not json_lines:
         raise DataError(f"{path} holds gzip; unpack it, or name it .jsonl.gz if it holds JSON lines.")
     if _reader(path) is parquet_rows:
         return
     if path.suffix.lower() == ".gz" and not compressed:
         raise DataError(f"{path} was expected to be gzip, but it is not; remove .gz or compress it.")
-    controls = sum(byte < 32 and byte not in TEXT_CONTROLS for byte in head)
-    if head.startswith(BINARY_MAGIC) or (not compressed and controls > len(head) // 10):
+    controls = sum(byte < 32 and byte not in TEXT_CONTROLS for byte in beginning)
+    if beginning.startswith(BINARY_MAGIC) or (not compressed and controls > len(beginning) // 10):
         raise DataError(f"{path} was expected to be UTF-8 text, but it is binary or UTF-16; convert it.")
 
 
 def _read_directory(folder: Path, report: DropReport, strict: bool, held_out: bool) -> list[Record]:
-    """All data files below `folder` in sorted order; one without records, or of another kind, is a rejection."""
+    """Read all data files under `folder` in sorted order; an unusable file is rejected unless it is the only one."""
     files = files_of(folder, lambda path: _reader(path) is not None, report, strict, held_out)
     records = []
     for file in files:

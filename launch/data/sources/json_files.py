@@ -16,7 +16,7 @@ LONGEST_LINE = 2**26  # bytes
 
 
 def json_lines(path: Path) -> Iterator[Record | tuple[str, Reject]]:
-    """Each line's record, or its place and why it is unusable. Compressed or not, by content."""
+    """Yield each line's record, or its `file:line` and the reason why it is unusable. Detects gzip by content."""
     decoder = StrictDecoder()
     number = 0
     try:
@@ -41,7 +41,7 @@ def _open(path: Path):
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; of one longer than `LONGEST_LINE` a byte more than that, so that memory has a bound."""
+    """Yield the lines of a file, each cut after `LONGEST_LINE` + 1 bytes so that memory is bounded."""
     while line := file.readline(LONGEST_LINE + 1):
         yield line
         while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
@@ -50,7 +50,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _parse_line(line: bytes, decoder: StrictDecoder) -> dict[str, Any] | None:
     if len(line) > LONGEST_LINE:
-        raise Reject("absurdly long line", f"more than {LONGEST_LINE >> 20} MiB")
+        raise Reject("line too long", f"more than {LONGEST_LINE >> 20} MiB")
     if b"\0" in line:
         raise Reject("null bytes")
     try:
@@ -68,9 +68,9 @@ def _parse_line(line: bytes, decoder: StrictDecoder) -> dict[str, Any] | None:
 
 
 def json_list(path: Path) -> Iterator[Record | tuple[str, Reject]]:
-    """Each item of a JSON list. A file that starts with an object is read as JSON lines.
+    """Yield each item of a JSON list, as `json_lines` does. A file that starts with an object is read as JSON lines.
 
-    Raises DataError where the file is not UTF-8 or is no list.
+    Raises DataError if the file is not UTF-8 or not a list.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -81,7 +81,9 @@ def json_list(path: Path) -> Iterator[Record | tuple[str, Reject]]:
         yield from json_lines(path)
         return
     if text[start : start + 1] != "[":
-        raise DataError(f"{path} should be a list of JSON objects, but it starts with {text[start:][:20]!r}.")
+        raise DataError(
+            f"{path} was expected to be a list of JSON objects, but it starts with {text[start:][:20]!r}."
+        )
     decoder = StrictDecoder()
     position, line, counted = _skip_space(text, start + 1), 1, 0
     while text[position : position + 1] != "]":

@@ -1,7 +1,7 @@
-"""The corpus that is on every machine: the Python standard library's docstrings.
+"""A corpus that is on every machine: the docstrings of the Python standard library.
 
-The prompt is what stands above a docstring (file, enclosing class, signature, opening quotes) and the
-completion is the docstring. Whole modules are held out, so nothing of a held-out module is trained on.
+The prompt is what precedes a docstring (file, enclosing class, signature, opening quotes) and the
+completion is the docstring. Whole modules are held out, so no part of a held-out module is trained on.
 """
 
 import ast
@@ -35,7 +35,7 @@ class Corpus:
 
 
 def docstring_corpus(stdlib: str | Path | None = None) -> Corpus:
-    """Docstrings of the standard library, in the same order on every call."""
+    """Collect the docstrings of the standard library, in the same order on every call."""
     root = Path(stdlib or sysconfig.get_paths()["stdlib"])
     train: list[Record] = []
     heldout: list[Record] = []
@@ -57,7 +57,7 @@ def docstring_corpus(stdlib: str | Path | None = None) -> Corpus:
 
 
 def is_heldout(module: str) -> bool:
-    """Whether a top-level module is held out: a hash that is the same in every process."""
+    """Whether a top-level module is held out, by a hash that is the same in every process."""
     return zlib.crc32(module.encode()) % 100 < HELDOUT_PERCENT
 
 
@@ -84,7 +84,7 @@ def _definitions(body: list[ast.stmt], context: str, file: str, depth: int) -> I
 
 
 def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    """Decorators and the `def` or `class` line; the body of `node` is kept."""
+    """Return the decorators and the `def` or `class` line; leaves `node` unchanged."""
     body, node.body = node.body, [ast.Pass()]
     try:
         return ast.unparse(node).splitlines()[:-1]

@@ -82,7 +82,7 @@ BAD_LINES = {
     "label only at 0": (row(input_ids=[5, 6], labels=[5, -100]), "no label tokens"),
     "labels shifted": (
         row(input_ids=[5, 6], labels=[6, -100]),
-        "labels are neither -100 nor the input id at their place (shifted already?)",
+        "labels are neither -100 nor the input id at their position (shifted already?)",
     ),
     "ids too long": (row(input_ids=[5] * 65, labels=[5] * 65), "row longer than max_length 64"),
 }
@@ -123,7 +123,7 @@ def test_a_line_that_never_ends_is_passed_over(tmp_path):
     path.write_bytes(gzip.compress(GOOD + b'{"prompt": "' + b"a" * (70 << 20) + b'"}\n' + GOOD))
     report = DropReport()
     assert [record.where for record in read_records(str(path), report)] == [f"{path}:1", f"{path}:3"]
-    assert [str(r) for r in report.rejections] == [f"{path}:2: absurdly long line (more than 64 MiB)"]
+    assert [str(r) for r in report.rejections] == [f"{path}:2: line too long (more than 64 MiB)"]
 
 
 BAD_FILES = {

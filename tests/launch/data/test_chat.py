@@ -106,7 +106,7 @@ def test_no_template_is_an_error(tokenizer):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (UNLIKE, "the chat template renders the prompt otherwise once it is answered"),
+        (UNLIKE, "the chat template renders the prompt differently when the answer follows"),
         (REFUSES, "the chat template refuses the conversation"),
     ],
 )

@@ -84,13 +84,13 @@ def test_what_a_directory_holds_beside_data_is_counted(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".hidden").mkdir()
     unread = {
-        "a.csv.gz": "no kind that is read",
-        "b.txt": "no kind that is read",
+        "a.csv.gz": "not a supported file type",
+        "b.txt": "not a supported file type",
         "elsewhere": "a symlink to a directory",
-        "gone.jsonl": "no regular file",
-        "pipe.jsonl": "no regular file",
-        "sub/c.jsonl.zst": "no kind that is read",
-        "sub/d.jsonl.bz2": "no kind that is read",
+        "gone.jsonl": "not a regular file",
+        "pipe.jsonl": "not a regular file",
+        "sub/c.jsonl.zst": "not a supported file type",
+        "sub/d.jsonl.bz2": "not a supported file type",
     }
     for name in ("a.csv.gz", "b.txt", "sub/c.jsonl.zst", "sub/d.jsonl.bz2", ".e.txt", ".hidden/f.txt"):
         (tmp_path / name).write_text("x")
@@ -105,7 +105,7 @@ def test_what_a_directory_holds_beside_data_is_counted(tmp_path):
     assert {r.where: r.detail for r in report.rejections} == {
         f"{tmp_path}/{name}:1": why for name, why in unread.items()
     }
-    with pytest.raises(DataError, match=r"/a\.csv\.gz:1: unread file \(no kind that is read\)\. Fix"):
+    with pytest.raises(DataError, match=r"/a\.csv\.gz:1: unread file \(not a supported file type\)\. Fix"):
         read_records(str(tmp_path), DropReport(), strict=True)
 
 
