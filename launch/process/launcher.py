@@ -16,6 +16,9 @@ from pathlib import Path
 
 import psutil
 
+from launch.process.identity import alive, start_time
+
+Launchers = list[tuple[int, int | None]]  # process id and start time
 LOOK_SECONDS = 1.0
 
 
@@ -27,17 +30,17 @@ def follow_launcher() -> None:
     threading.Thread(target=_follow, args=(launchers, orphan), daemon=True).start()
 
 
-def _follow(launchers: list[int], orphan: bool) -> None:
-    while not orphan and all(map(alive, launchers)):
+def _follow(launchers: Launchers, orphan: bool) -> None:
+    while not orphan and all(alive(*launcher) for launcher in launchers):
         time.sleep(LOOK_SECONDS)
     if os.environ.get("RANK") == "0":
         print("the launcher is gone: stopping as on SIGTERM", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _launchers() -> tuple[list[int], bool]:
+def _launchers() -> tuple[Launchers, bool]:
     """Return the process that started this one and deepspeed's above it, and whether the latter has exited."""
-    found: list[int] = []
+    found: Launchers = []
     local = False
     for process in psutil.Process().parents():
         words = []
@@ -46,7 +49,7 @@ def _launchers() -> tuple[list[int], bool]:
         deepspeed = any(Path(word).name == "deepspeed" or "deepspeed.launcher" in word for word in words[1:4])
         if found and not deepspeed:
             break
-        found.append(process.pid)
+        found.append((process.pid, start_time(process.pid)))
         local = local or _starts_one_node(words)
     return found, local and len(found) == 1
 
@@ -58,14 +61,3 @@ def _starts_one_node(words: list[str]) -> bool:
             with suppress(ValueError):
                 return list(json.loads(base64.urlsafe_b64decode(word.partition("=")[2]))) == ["localhost"]
     return False
-
-
-def alive(pid: int) -> bool:
-    """Return whether a process of this host still runs; a zombie does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state not in "ZX"
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True

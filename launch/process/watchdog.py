@@ -6,10 +6,10 @@ notice.
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback
 
 from launch.process.device import uses_gpu
-from launch.process.launcher import alive
+from launch.process.identity import ProcessIdentity, alive, this_process
 from launch.process.network import wait_longer_than
 from launch.process.ranks import on_all_ranks, rank, world_size
 
@@ -59,9 +59,7 @@ class Watchdog(TrainerCallback):
 
     def __enter__(self) -> "Watchdog":
         wait_longer_than(STORAGE_PATIENCE * self.limit)
-        processes = on_all_ranks(lambda: (socket.gethostname(), os.getpid()))
-        here = socket.gethostname()
-        self._peers = {r: pid for r, (host, pid) in enumerate(processes) if host == here and r != rank()}
+        self._peers = peers(on_all_ranks(this_process), rank())
         self._store = self._own_store()
         self._answering = threading.Thread(target=self._answer, args=(self._own_store(),), daemon=True)
         self._answering.start()
@@ -90,7 +88,7 @@ class Watchdog(TrainerCallback):
     def _watch(self) -> None:
         missed: set[int] = set()
         while not self._over.wait(LOOK_SECONDS):
-            gone = {r for r, pid in self._peers.items() if not alive(pid)}
+            gone = {r for r, peer in self._peers.items() if not alive(peer.pid, peer.started)}
             if lost := gone & missed:  # seen twice, so that ranks which exit together do not report one another
                 if rank() == min({rank(), *self._peers} - lost):
                     self._say(f"rank(s) {sorted(lost)} are gone during {self._doing}")
@@ -111,15 +109,16 @@ class Watchdog(TrainerCallback):
             waits = "".join(f"\n  rank {other} {answers.get(other, silent)}" for other in range(world_size()))
             waited = time.monotonic() - self._since
             self._say(f"no progress for {waited:.0f} s (--stall_timeout) during {self._doing}:{waits}")
-            self._kill({other: pid for other, pid in self._peers.items() if other not in answers})
+            self._kill(peer for other, peer in self._peers.items() if other not in answers)
         os._exit(self.code)
 
     @staticmethod
-    def _kill(silent: dict[int, int]) -> None:
-        """End ranks of this host that do not answer; they would ignore the launcher's SIGTERM for half a minute."""
-        for pid in silent.values():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def _kill(silent: Iterable[ProcessIdentity]) -> None:
+        """End ranks of this machine that do not answer; they would ignore the launcher's SIGTERM for 30 seconds."""
+        for peer in silent:
+            if alive(peer.pid, peer.started):
+                with suppress(ProcessLookupError):
+                    os.kill(peer.pid, signal.SIGKILL)
 
     def _own_store(self) -> dist.Store | None:
         """Return a connection to the store of the ranks, for one thread; None if there is only one rank."""
@@ -150,6 +149,12 @@ class Watchdog(TrainerCallback):
     def _say(text: str) -> None:
         print(f"error: {text}\nThe run stops; the same command resumes from its last checkpoint.", file=sys.stderr)
         sys.stderr.flush()
+
+
+def peers(processes: Sequence[ProcessIdentity], own_rank: int) -> dict[int, ProcessIdentity]:
+    """Return the other ranks whose processes this one can see: those of its machine, by rank."""
+    here = processes[own_rank].machine
+    return {other: peer for other, peer in enumerate(processes) if peer.machine == here and other != own_rank}
 
 
 def where(frame) -> str:
