@@ -1,4 +1,4 @@
-"""Which DeepSpeed configuration a run uses: a file of `ds_configs/`, or the user's own."""
+"""Selection of a run's DeepSpeed configuration: a file of `ds_configs/`, or the user's own."""
 
 import json
 from dataclasses import replace
@@ -18,12 +18,11 @@ OTHER_NAMES = (f"stage3_{GATHER}", "stage3_gather_fp16_weights_on_model_save")  
 def deepspeed_config(
     options: SftOptions, path: str | None, world_size: int | None
 ) -> tuple[SftOptions, dict[str, Any]]:
-    """The options with `tp` as the user's file has it, and the configuration with `tensor_parallel.autotp_size`.
+    """Return the options with `tp` from the user's file, and the configuration with `tensor_parallel.autotp_size`.
 
-    Batch sizes, learning rate and precision stay `"auto"`: they are the recipe's. Raises `UserError` for a file
-    that cannot be read, says what DeepSpeed does not know or take (`launch.config.deepspeed_file`), contradicts
-    `--tp` or `--zero`, or asks for more tensor-parallel ranks than there are (`world_size`; None where the
-    run is only looked at).
+    Batch sizes, learning rate and precision stay `"auto"`: the recipe sets them. Raises `UserError` for a file that
+    cannot be read or is invalid (`launch.config.deepspeed_file`), that contradicts `--tp` or `--zero`, or whose
+    tensor parallelism does not divide the run's `world_size` (None: not checked).
     """
     config = _built_in(options) if path is None else _read(path, options)
     tensor_parallel = config.get("tensor_parallel", {})
@@ -33,7 +32,7 @@ def deepspeed_config(
     if size < 1:
         raise UserError(f"--deepspeed {path}: tensor_parallel.autotp_size must be at least 1, got {size}")
     if size > 1 and options.tp not in (1, size):
-        raise UserError(f"{path} says autotp_size {size} and --tp says {options.tp}; keep one of them")
+        raise UserError(f"{path} sets autotp_size {size}, but --tp is {options.tp}; keep one of them")
     if options.tp > 1 and size <= 1:
         raise UserError(
             f"--tp {options.tp} needs tensor_parallel.autotp_size in {path}; set it to {options.tp} there"
@@ -58,13 +57,13 @@ def deepspeed_config(
 
 
 def _check_batch(config: dict, tp: int, path: str | None) -> None:
-    """DeepSpeed works it out of the other two; transformers would count tensor-parallel ranks as data-parallel."""
+    """Leave the batch size to DeepSpeed; transformers would count tensor-parallel ranks as data-parallel."""
     size = config.get("train_batch_size", "auto")
     if size == "auto":
         config.pop("train_batch_size", None)
     elif tp > 1:
         raise UserError(
-            f"--deepspeed {path}: train_batch_size {size} cannot be held to the recipe under tensor parallelism; "
+            f"--deepspeed {path}: train_batch_size {size} cannot be set under tensor parallelism; "
             "leave it out, it follows from the micro-batch, the accumulation steps and the data-parallel ranks"
         )
 
@@ -78,7 +77,7 @@ def _built_in(options: SftOptions) -> dict:
 def _read(path: str, options: SftOptions) -> dict:
     """The user's own file, with "auto" for what it leaves to the recipe, as in the built-in files."""
     if path and (options.zero is not None or options.offload):
-        raise UserError(f"--deepspeed {path} already says the ZeRO stage; leave out --zero and --offload")
+        raise UserError(f"--deepspeed {path} already sets the ZeRO stage; leave out --zero and --offload")
     config = read_file(path)
     check_file(config, f"--deepspeed {path}")
     for key, value in json.loads((DS_CONFIGS / "zero0.json").read_text()).items():

@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed file: every key known, every value of its type, before anything is built of it."""
+"""A user's own DeepSpeed file, checked before anything is built from it: its keys, and the values of each."""
 
 import copy
 import functools
@@ -43,13 +43,13 @@ PLAIN = {"activation_checkpointing": ACT_CHKPT_DEFAULT, "aio": AIO_DEFAULT_DICT}
 UNSUPPORTED = {
     "pipeline": "pipeline parallelism is not supported here; leave it out",
     "sequence_parallel_size": "sequence parallelism is not supported here; leave it out",
-    "bfloat16": "transformers, which fills in the precision, knows this section as bf16; name it so",
+    "bfloat16": "transformers, which fills in the precision, knows this section as bf16; rename it",
 }
-SECTION: dict[str, Any] = {}  # the default of what DeepSpeed only reads if it stands there
+SECTION: dict[str, Any] = {}  # the default of a key that DeepSpeed reads only if it is present
 
 
 def read_file(path: str) -> dict:
-    """The file's object. Raises `UserError` if it is not an object, or repeats a key."""
+    """Read the file's JSON object. Raises `UserError` if it is not an object, or repeats a key."""
     if not path:
         raise UserError("--deepspeed is empty; name a file, or leave it out")
     try:
@@ -60,13 +60,13 @@ def read_file(path: str) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
     if reject or text[end:]:
-        reason = reject or "something stands after the object"
+        reason = reject or "there is text after the object"
         raise UserError(f"--deepspeed {path} is not a readable JSON file: {reason}")
     return config
 
 
 def check_file(config: dict, source: str) -> None:
-    """Raises `UserError` for a key that DeepSpeed does not know, or a value it would fail on or misread."""
+    """Raise `UserError` for a key that DeepSpeed does not know, or a value that it would fail on or misread."""
     for name, reason in UNSUPPORTED.items():
         if name in config:
             raise UserError(f"{source}: {name}: {reason}")
@@ -75,7 +75,7 @@ def check_file(config: dict, source: str) -> None:
         if name not in known:
             raise unknown_key(source, name, known.keys() - UNSUPPORTED.keys())
     removed = _refusal({name: {} for name in config})
-    if isinstance(removed, DeepSpeedConfigError):  # it still knows the names of what it no longer has, and says so
+    if isinstance(removed, DeepSpeedConfigError):  # the names of features that DeepSpeed has removed, with the reason
         raise UserError(f"{source}: {error_line(removed)}")
     for name, value in config.items():
         _check_value(name, value, known[name], config, f"{source}: {name}")
@@ -96,7 +96,7 @@ def _check_value(name: str, value: Any, default: Any, config: dict, source: str)
     elif name in BATCH:
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f'{source} must be "auto" or an integer of at least 1, got {value!r}')
-    elif name != "gradient_clipping" or value != AUTO:  # these four of the outermost keys are the recipe's to fill
+    elif name != "gradient_clipping" or value != AUTO:  # an "auto" in it, or in BATCH, is filled in from the recipe
         check_type(value, default, source)
 
 
@@ -111,7 +111,7 @@ class _RecordingDict(dict):
 
     def __init__(self, values: dict):
         super().__init__(values)
-        self.names: dict[str, Any] = {}  # with its default, as far as it says one
+        self.names: dict[str, Any] = {}  # with the default of each, if DeepSpeed gives one
 
     def get(self, name, default=None):
         if self.names.get(name, SECTION) is SECTION or default is not None:
@@ -123,7 +123,7 @@ class _RecordingDict(dict):
         return super().__contains__(name)
 
     def keys(self):
-        return self  # `name in config.keys()` asks too
+        return self  # for `name in config.keys()`
 
 
 @functools.cache
@@ -131,12 +131,12 @@ def _known() -> dict[str, Any]:
     """The outermost keys that DeepSpeed reads, with its defaults."""
     recorded = _RecordingDict({"train_micro_batch_size_per_gpu": 1})
     DeepSpeedConfig(recorded)
-    # defaults that do not show the type: None for never, False beside an object
+    # two defaults that do not show the type: None for "never", False instead of an object
     return recorded.names | {"steps_per_print": 10, "datastates_ckpt": None}
 
 
 def _refusal(config: dict) -> Exception | None:
-    """What DeepSpeed raises for it; batch sizes are left out, as it would divide them by ranks."""
+    """Return what DeepSpeed raises for `config` without its batch sizes, which it would divide by ranks."""
     try:
         copied = copy.deepcopy(config)  # as transformers copies it, and fails on what is nested too deeply
         given = {name: value for name, value in copied.items() if name not in BATCH}

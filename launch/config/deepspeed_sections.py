@@ -1,4 +1,4 @@
-"""Checks of a DeepSpeed file's sections beyond DeepSpeed's own, which takes wrong types and many names silently."""
+"""Checks of single sections of a DeepSpeed file, for what DeepSpeed itself takes silently: types, names, "auto"."""
 
 import inspect
 import json
@@ -50,7 +50,7 @@ def check_type(value: Any, default: Any, source: str) -> None:
 
 
 def check_section(given: Any, defaults: dict[str, Any], source: str) -> None:
-    """Check a section that DeepSpeed reads key by key, with a default for each."""
+    """Check a section that DeepSpeed reads key by key: its names and types are those of `defaults`."""
     check_type(given, {}, source)
     for name, value in given.items():
         if name not in defaults:
@@ -62,7 +62,7 @@ def check_model(model: type[BaseModel], given: Any, source: str) -> None:
     """Check a section that DeepSpeed reads with a pydantic model, which refuses unknown keys and wrong choices.
 
     Stricter than the model: `"yes"`, `1` and `"2"` are no booleans and no numbers, as transformers reads the same
-    section and takes them for what they are.
+    section and takes them literally.
     """
     check_type(given, {}, source)
     try:
@@ -75,12 +75,13 @@ def check_model(model: type[BaseModel], given: Any, source: str) -> None:
 
 
 def check_optimizer(given: Any, offloaded: bool, source: str) -> None:
+    """Check the type and the parameters, which DeepSpeed reads only once it has the model."""
     kind, params = _type_and_params(given, {"legacy_fusion": False}, source)
     lower = kind.lower()
     known = {*DEEPSPEED_OPTIMIZERS, *_classes(torch.optim, torch.optim.Optimizer)}
     if lower in NEEDS_MUP:
         raise UserError(
-            f"{source}.type {kind!r} needs the package mup, which this project does not install; name another"
+            f"{source}.type {kind!r} needs the package mup, which this project does not install; use another"
         )
     if kind not in known and lower not in DEEPSPEED_OPTIMIZERS:
         raise UserError(f"{source}.type: no optimizer is named {kind!r}{did_you_mean(kind, known)}")
@@ -97,6 +98,7 @@ def check_optimizer(given: Any, offloaded: bool, source: str) -> None:
 
 
 def check_scheduler(given: Any, source: str) -> None:
+    """Check the type and the parameters, which DeepSpeed reads only once it has the optimizer."""
     kind, params = _type_and_params(given, {}, source)
     classes = _classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
     classes |= {name: getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES}
@@ -145,7 +147,7 @@ def _model_error(error: ValidationError, model: type[BaseModel], source: str) ->
 
 
 def _fields(model: type[BaseModel]) -> dict[str, str]:
-    """Names that a file may use, and the field that each is for."""
+    """Map each name that a file may use to the field of the model."""
     return {name: key for key, field in model.model_fields.items() for name in (key, field.alias or key)}
 
 
@@ -175,7 +177,7 @@ def _classes(module, base: type) -> dict[str, type]:
 
 
 def _parameters(made: type) -> dict[str, Any]:
-    """What can be given to `made`, with its defaults; the first is the weights, or the optimizer."""
+    """Parameters of `made` and their defaults, without the first, which is the weights or the optimizer."""
     parameters = list(inspect.signature(made).parameters.values())[1:]
     return {p.name: p.default for p in parameters if p.name not in ("last_batch_iteration", "last_epoch")}
 

@@ -251,7 +251,7 @@ def test_built_in_deepspeed_configurations(zero, tp):
         ("{", {}, 1, "not a readable JSON"),
         ("[]", {}, 1, "JSON object"),
         ("{}", {"tp": 2}, 2, "autotp_size"),
-        ('{"tensor_parallel": {"autotp_size": 4}}', {"tp": 2}, 4, "autotp_size 4 and --tp says 2"),
+        ('{"tensor_parallel": {"autotp_size": 4}}', {"tp": 2}, 4, "autotp_size 4, but --tp is 2"),
         ('{"tensor_parallel": {"autotp_size": 4}}', {}, 2, "does not divide"),
         ("{}", {"zero": 1}, 1, "--zero"),
         ('{"tensor_parallel": null}', {}, 1, "tensor_parallel must be an object"),
