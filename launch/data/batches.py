@@ -1,4 +1,4 @@
-"""Rows of unequal length to one batch."""
+"""Padding of rows of unequal length into one batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,8 @@ from launch.data.examples.rows import IGNORED
 class PadToLongest:
     """Pads on the right to the longest row, rounded up to a multiple; columns [rows, length], int64, and `where`.
 
-    `label_tokens`: how many positions predict a label, which is the next position's; counted here to avoid a
-    synchronisation with the device.
-    Raises ValueError for no rows, or a row whose labels are not as long as its input_ids.
+    `label_tokens` is the number of positions whose next token has a label, counted here to avoid a synchronisation
+    with the device. Raises ValueError for no rows, or a row whose labels are not as long as its input_ids.
     """
 
     pad_token_id: int

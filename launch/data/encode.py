@@ -1,6 +1,6 @@
-"""From examples to rows of token ids and labels.
+"""Encoding of examples as rows of token ids and labels.
 
-Prompt and completion are tokenised apart, so that no token straddles the two.
+Prompt and completion are tokenised separately, so that no token straddles the two.
 """
 
 import hashlib
@@ -35,19 +35,19 @@ class EncodedData:
     report: DropReport
 
     def digest(self) -> str:
-        """SHA-256 of the rows to train on: tokens and labels, in their order."""
-        found = hashlib.sha256()
+        """Return the SHA-256 of the training rows: tokens, labels and row boundaries, in order."""
+        digest = hashlib.sha256()
         for name in ("input_ids", "labels"):
             for chunk in self.train.data.column(name).chunks:
-                found.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
-                found.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-        return found.hexdigest()
+                digest.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+                digest.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+        return digest.hexdigest()
 
 
 def encode_examples(examples: Examples, tokenizer, max_length: int, strict: bool = False) -> EncodedData:
-    """Both splits encoded; rows that cannot be are added to the examples' report.
+    """Encode both splits; rows that cannot be encoded are added to the examples' report.
 
-    Raises DataError for no usable training rows, or when `strict` for the first unusable row.
+    Raises DataError if no training row is usable, or when `strict` for the first unusable row.
     """
     report = examples.report
     train = _encode_split(examples.train, tokenizer, max_length, report, strict)
@@ -58,7 +58,7 @@ def encode_examples(examples: Examples, tokenizer, max_length: int, strict: bool
 
 
 def encode(example: Example, tokenizer, max_length: int) -> Row:
-    """The row of an example.
+    """Encode one example as a row.
 
     Raises Reject for a row that cannot be trained on, DataError for a tokenizer that cannot encode it.
     """
@@ -72,9 +72,11 @@ def encode(example: Example, tokenizer, max_length: int) -> Row:
 
 
 def check_tokenizer(tokenizer, max_length: int) -> None:
-    """Raises DataError for a tokenizer without an end token, or a length that can hold no label."""
+    """Raise DataError for a tokenizer without an EOS token, or a length without room for a label."""
     if tokenizer.eos_token_id is None:
-        raise DataError("Expected a tokenizer with an EOS token, the stop to learn; set tokenizer.eos_token.")
+        raise DataError(
+            "Expected a tokenizer with an EOS token, which the model learns to stop with; set tokenizer.eos_token."
+        )
     if max_length < 3:
         raise DataError(f"Expected max_length of at least 3 (BOS, a token, EOS), got {max_length}; raise it.")
 

@@ -1,4 +1,4 @@
-"""The data of a run: from its options to a tokenizer and two encoded splits, telling the user what was found."""
+"""The data of a run: from its options to a tokenizer and two encoded splits, with a printed summary."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from launch.process.ranks import say
 
 
 def load_data(options: SftOptions) -> tuple[PreTrainedTokenizerBase, EncodedData]:
-    """Tokenizer and encoded rows; says what was found, what was dropped, and shows one row with its mask."""
+    """Load the tokenizer and the encoded rows; print what was found and dropped, and one row with its label mask."""
     examples = read_examples(options.data, options.eval_data, options.strict, options.eval_fraction)
     tokenizer = load_tokenizer(options, lambda: training_texts(examples.train))
     data = encode_examples(examples, tokenizer, options.max_length, options.strict)
@@ -25,7 +25,7 @@ def load_data(options: SftOptions) -> tuple[PreTrainedTokenizerBase, EncodedData
 
 
 def describe_example(row: Mapping, tokenizer) -> str:
-    """A row for the eye: its place, its token counts, what is read and what is learned."""
+    """Describe a row for people: its `where`, its token counts, which text is context and which is learned."""
     ids, labels = row["input_ids"], row["labels"]
     learned = sum(label != IGNORED for label in labels[1:])
     lines = [f"{row.get('where', 'row')}: {len(ids)} tokens, {learned} of them learned"]

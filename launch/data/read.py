@@ -33,9 +33,9 @@ def read_examples(
     eval_fraction: float = 0.05,
     seed: int = 0,
 ) -> Examples:
-    """Examples of a source, and of another or a seeded fraction of the first as held-out ones.
+    """Read the examples of a source, and held-out ones from `eval_source` or a seeded fraction of the source.
 
-    Raises DataError for no usable rows, or when `strict` for the first unusable one.
+    Raises DataError if no row is usable, or when `strict` for the first unusable row.
     """
     if not 0 <= eval_fraction < 1:
         raise DataError(f"Expected eval_fraction in [0, 1), got {eval_fraction}.")
@@ -64,7 +64,7 @@ def read_examples(
 
 
 def training_texts(examples: Iterable[Example]) -> list[str]:
-    """The texts that a tokenizer is trained on. Raises DataError for rows that are tokens already."""
+    """Return the texts to train a tokenizer on. Raises DataError for rows that are tokenised already."""
     texts = []
     for example in examples:
         if isinstance(example, TextExample):
@@ -73,8 +73,8 @@ def training_texts(examples: Iterable[Example]) -> list[str]:
             texts += [message["content"] for message in example.messages]
         else:
             raise DataError(
-                f"{example.where} is tokenised already, so no tokenizer can be trained on it; name the one "
-                "it was made with."
+                f"{example.where} is tokenised already, so no tokenizer can be trained on it; use the "
+                "tokenizer it was made with."
             )
     return texts
 
@@ -107,7 +107,7 @@ def _require_rows(train: list[Example], records: list[Record], report: DropRepor
 
 
 def _split(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out rows in their order, the latter drawn by `seed`."""
+    """Split into training and held-out rows, both in their original order; `seed` draws the held-out ones."""
     if len(examples) < SMALLEST_SPLIT or not fraction:
         return examples, []
     count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)

@@ -1,4 +1,4 @@
-"""What the data layer passes around: records with their origin, and an account of what was dropped."""
+"""Records with their origin, and the report of dropped rows: what all parts of the data layer share."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from launch.common.messages import one_line
 
 
 class DataError(UserError):
-    """For the user: one sentence on what was expected, what came, and what to do."""
+    """An error in the user's data: what was expected, what came, and what to do."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it was read; `where` is `file:line`."""
+    """One row as it was read; `where` is its `file:line`."""
 
     fields: dict[str, Any]
     where: str
@@ -33,13 +33,13 @@ class Rejected:
         return one_line(f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
 
     def place(self) -> str:
-        """Where it is, and its particulars, for a line that names the reason."""
+        """Return its `where` and detail, for a line that names the reason."""
         return one_line(f"{self.where} ({self.detail})" if self.detail else self.where)
 
 
 @dataclass
 class DropReport:
-    """Every dropped row by reason, and what else was found that may not be intended.
+    """Dropped rows with their reasons, and kept rows and files that the user may want to look at.
 
     `truncated`: rows kept with a shortened prompt. `spelled_out`: rows kept, and the special token that each holds.
     `left_out`: a sentence for files that were left out by their names.
@@ -58,11 +58,11 @@ class DropReport:
             raise DataError(f"{rejected}. Fix or remove it, or run without --strict to drop it.")
 
     def counts(self) -> Counter[str]:
-        """Dropped rows by reason."""
+        """Count the dropped rows by reason."""
         return Counter(rejected.reason for rejected in self.rejections)
 
     def summary(self, examples: int = 3) -> str:
-        """A few lines of text: each reason with its count and the first rows it concerns."""
+        """Return a few lines of text: each reason with its count and its first rows."""
         files = sum(rejected.whole_file for rejected in self.rejections)
         lines = [f"{len(self) - files} rows dropped" + (f", {files} files not read" if files else "")]
         for reason, count in self.counts().most_common():
@@ -78,7 +78,7 @@ class DropReport:
         return "\n".join(lines + self.left_out)
 
     def lines(self) -> str:
-        """All of it, a line each: `file:line: reason`."""
+        """Return every entry on a line of its own: `file:line: reason`."""
         texts = [*map(str, self.rejections), *(f"{one_line(w)}: prompt shortened" for w in self.truncated)]
         texts += [one_line(f"{where}: holds {token}") for where, token in self.spelled_out.items()]
         return "".join(f"{text}\n" for text in texts)

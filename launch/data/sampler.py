@@ -1,4 +1,4 @@
-"""The order in which rows are trained on, where it is not plainly random: a function of seed and epoch alone."""
+"""The order of training rows when grouped by length: a function of seed and epoch alone."""
 
 from itertools import chain
 
@@ -7,9 +7,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Steps of rows of like length, the steps in random order, drawn anew each epoch; the longest row comes first.
+    """Groups rows of similar length into steps, in a new random order each epoch; the longest row comes first.
 
-    transformers' own sampler leaves fifty steps at a time sorted by length, which makes the loss a saw. It draws from
+    transformers' own sampler sorts fifty steps at a time by length, which makes the loss a sawtooth. It draws from
     the process's generator, whose state differs in a resumed run and between ranks.
     """
 

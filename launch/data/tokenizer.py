@@ -13,7 +13,7 @@ from launch.data.train_tokenizer import train_tokenizer
 
 
 def load_tokenizer(options: SftOptions, texts: Callable[[], list[str]]) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or one trained on `texts()`."""
+    """Load the model's tokenizer, or train one on `texts()`."""
     if options.model is None:
         return train_tokenizer(texts(), options.tokenizer_size)
     check_model_path(options.model)
@@ -21,7 +21,7 @@ def load_tokenizer(options: SftOptions, texts: Callable[[], list[str]]) -> PreTr
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     except StrictDataclassError as error:
         raise UserError(f"--model {options.model}: its config.json: {error_line(error)}") from None
-    except Exception as error:  # whatever its files make a library stumble over
+    except Exception as error:  # damaged files make libraries raise errors of many types
         raise UserError(
             f"no tokenizer could be loaded from --model {options.model}: {typed_error_line(error)}"
         ) from None
@@ -36,7 +36,7 @@ def load_tokenizer(options: SftOptions, texts: Callable[[], list[str]]) -> PreTr
 
 
 def check_model_path(model: str) -> None:
-    """Raise `UserError` for a path that is not there: transformers would take it for a hub name, and say so."""
+    """Raise `UserError` for a path that does not exist: transformers would take it for a hub name."""
     path = Path(model)
     if path.is_file():
         raise UserError(f"--model {model} is a file; name its directory")

@@ -32,7 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     """
     pieces = _learn_pieces(texts, vocab_size)
     if len(pieces) < vocab_size:
-        log.warning("the texts support %d pieces, not the %d asked for", len(pieces), vocab_size)
+        log.warning("the texts support %d pieces, not the %d requested", len(pieces), vocab_size)
     vocab = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(BPE(vocab, _merges(pieces, vocab), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

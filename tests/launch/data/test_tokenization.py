@@ -85,7 +85,7 @@ def test_a_vocabulary_too_large_for_the_texts_is_reduced_and_said(caplog):
     with caplog.at_level(logging.WARNING):
         tokenizer = train_tokenizer(["aa bb"], 5000)
     assert 260 < len(tokenizer) < 300
-    assert "not the 5000 asked for" in caplog.text
+    assert "not the 5000 requested" in caplog.text
 
 
 @pytest.mark.parametrize(
