@@ -16,6 +16,7 @@ def ranks(request):
     return pool(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep tests that start runs in one worker of `pytest -n 2 --dist loadgroup`: two at once would be too many."""
     for item in items:
