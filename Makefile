@@ -25,10 +25,10 @@ sanity: setup ## Check a run on one device before you start it (ARGS="--recipe r
 	python launch/sft.py --sanity $(ARGS)
 
 check: setup ## Run the tests that start no run, under four minutes on two cores
-	pytest -n 2 --dist loadgroup --ignore tests/runs $(ARGS)
+	pytest -n 2 --no-loadscope-reorder --ignore tests/runs $(ARGS)
 
 test: setup ## Run all tests, those of runs in one of two workers
-	pytest -n 2 --dist loadgroup $(ARGS)
+	pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 torture: setup ## Kill runs fifty times at random moments and compare their weights (ARGS="--kills 50")
 	python -m tests.runs.torture $(ARGS)

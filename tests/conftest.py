@@ -3,8 +3,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/process/environment.py
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # real runs are of more ranks than a machine may have GPUs
 
-from pathlib import Path
-
 import pytest
 
 from tests.support.ranks import pool
@@ -16,9 +14,18 @@ def ranks(request):
     return pool(request.param)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Keep tests that start runs in one worker of `pytest -n 2 --dist loadgroup`: two at once would be too many."""
-    for item in items:
-        if Path(__file__).with_name("runs") in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("runs"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Share files out among the workers of `pytest -n 2`; those that start runs to one of them.
+
+    Two runs of several ranks at once would be too many for two cores. (xdist 3.8 has groups of tests for this, which
+    pytest 9 ignores: xdist writes them into a name that pytest no longer reads.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesAndRuns(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "runs" if file.startswith("tests/runs/") else file
+
+    return FilesAndRuns(config, log)
