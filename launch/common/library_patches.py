@@ -1,8 +1,8 @@
 """Every patch of torch, DeepSpeed and transformers, and why. Those of Trainer: `training.trainer_overrides`.
 
 Each entry names the version it was last seen necessary with, where the library's behaviour is discussed or stands,
-and the test in `tests/launch/test_library_patches.py` that fails once the patch is no longer needed. DeepSpeed and
-transformers are imported in the functions, since the first two patches come before anything else of them.
+and the test in `tests/launch/common/test_library_patches.py` that fails once the patch is no longer needed. DeepSpeed
+and transformers are imported in the functions, since the first two patches come before anything else of them.
 """
 
 import os

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from smoothing import smoothed_cross_entropy, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
-from tests.smoothing.test_fused_equiv import NAMES, Problem, assert_equals_plain, my_shard, upstream_for
+from tests.smoothing.linear.test_fused_equiv import NAMES, Problem, assert_equals_plain, my_shard, upstream_for
 from tests.support.cases import CASES
 from tests.support.ranks import pool
 from tests.test_sharded_equiv import assert_equals_dense

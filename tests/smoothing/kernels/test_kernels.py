@@ -19,7 +19,7 @@ from smoothing.core.call import LossCall
 from smoothing.core.options import LossOptions
 from smoothing.kernels import dispatch, torch_ops
 from smoothing.linear import matmul
-from tests.smoothing.test_fused_equiv import NAMES, assert_equals_plain, fused
+from tests.smoothing.linear.test_fused_equiv import NAMES, assert_equals_plain, fused
 from tests.support.cases import CASES, build, in_rotation
 from tests.support.kernel_memory import watched
 from tests.support.ranks import Allocations, Ranks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # lowest first; names of one set are on one level and may import each other
 LAUNCH = [
     {"common"},
