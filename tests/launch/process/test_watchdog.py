@@ -30,7 +30,7 @@ def test_a_collective_that_was_begun_before(monkeypatch, name):
         monkeypatch.setattr(begin, lambda *_, **__: Work())
     CALLS[name]()
     (text,) = said
-    assert text.startswith(f"waits in {name}, called at ") and "tests/launch/process/test_watchdog.py:" in text
+    assert text.startswith(f"waits in {name}, called at ") and "launch/process/test_watchdog.py:" in text
 
 
 def test_no_collective():
