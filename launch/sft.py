@@ -67,6 +67,8 @@ def main(argv: list[str]) -> None:
             train(trainer, run)
         write_samples(trainer, tokenizer, data.heldout, options.samples)
         watchdog.beat("exporting the model", storage=True)
+        if reason := trainer.best_not_exported():
+            say(reason)
         say(f"model: {export(trainer, tokenizer, args.output_dir)}")
 
 

@@ -7,11 +7,14 @@ from transformers import Trainer, TrainerCallback
 from launch.common.library_patches import follow_this_schedule, keep_fp32_grad_norm, place_step_counts
 from launch.common.paths import CHECKPOINT
 from launch.data.sampler import GroupedByLength
-from launch.process.ranks import say
+from launch.process.ranks import from_main
 
 
 class EngineReady(TrainerCallback):
-    """Applies fixes to the engine, and after a resume to optimizer, LR schedule and state."""
+    """Applies fixes to the engine, and after a resume to optimizer, LR schedule and state.
+
+    Collectives: one broadcast of an object when training begins, if a best step is known.
+    """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -26,12 +29,7 @@ class EngineReady(TrainerCallback):
             follow_this_schedule(getattr(schedule, "scheduler", schedule), self.trainer.optimizer)  # if wrapped
         if state.best_global_step:  # in this directory, even if the run was copied from another one
             best = Path(args.output_dir) / CHECKPOINT.format(step=state.best_global_step)
-            state.best_model_checkpoint = str(best) if best.exists() else None
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if args.load_best_model_at_end and state.best_model_checkpoint is None:
-            best = f"step {state.best_global_step}" if state.best_global_step else "no step"
-            say(f"the last weights are exported: {best} evaluated best, and has no checkpoint (--save_steps)")
+            state.best_model_checkpoint = str(best) if from_main(best.exists) else None
 
 
 class SamplerEpoch(TrainerCallback):

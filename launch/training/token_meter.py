@@ -26,6 +26,10 @@ class TokenMeter:
         """Discard what was added since the last `keep`, for a step that was skipped."""
         self.sums = self._before
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self.sums, self._before, self._tokens = None, None, 0
+
     def add(self, stats: TokenStats) -> None:
         """Add the statistics of one forward."""
         now = torch.stack(
@@ -50,7 +54,7 @@ class TokenMeter:
         if self.sums is not None:
             sums[:3] = self.sums
         sums[3] = self._tokens
-        self.sums, self._before, self._tokens = None, None, 0
+        self.reset()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         nll, correct, labels, tokens = (sums / copies).tolist()

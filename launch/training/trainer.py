@@ -14,7 +14,7 @@ from launch.common.paths import CHECKPOINT
 from launch.config.training_arguments import BEST_METRICS
 from launch.model.attention_mask import padding_is_unseen
 from launch.process.device import peak_memory_gib
-from launch.process.ranks import is_main, on_all_ranks
+from launch.process.ranks import from_main, is_main, on_all_ranks
 from launch.process.signals import EvaluationCut, Stopped
 from launch.process.watchdog import Watchdog
 from launch.run import checkpoints
@@ -116,10 +116,22 @@ class SftTrainer(TrainerWithHooks):
         """Correct the path of the best checkpoint, which Trainer noted while this one was still aside."""
         if step := self.state.best_global_step:
             best = run / CHECKPOINT.format(step=step)
-            saved = step == self.state.global_step or best.exists()  # not where evaluations come between checkpoints
+            # evaluations may come between checkpoints; asked once for all ranks, which must go the same way
+            saved = step == self.state.global_step or from_main(best.exists)
             self.state.best_model_checkpoint = str(best) if saved else None
             if is_main():
                 self.state.save_to_json(folder / TRAINER_STATE_NAME)
+
+    def best_not_exported(self) -> str | None:
+        """Return why the last weights are exported though the best were wanted, or None."""
+        if not self.args.load_best_model_at_end or self.state.best_model_checkpoint is not None:
+            return None
+        if not self.state.best_global_step:
+            return "no evaluation has said which weights are best (--eval_steps), so the last ones are exported"
+        return (
+            f"step {self.state.best_global_step} evaluated best, but has no checkpoint (--save_steps), so the last "
+            "weights are exported"
+        )
 
     def check_best(self, checkpoint: Path) -> None:
         if problem := checkpoints.damage(checkpoint):
@@ -157,7 +169,7 @@ class SftTrainer(TrainerWithHooks):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         start = time.monotonic()
-        self.eval_meter.sums = None
+        self.eval_meter.reset()
         here = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(here):  # so that training is the same with and without evaluations
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
