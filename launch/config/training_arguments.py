@@ -26,6 +26,7 @@ HELP = {
     "bf16": "Train in bfloat16, with an fp32 optimizer.",
     "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
     "eval_strategy": "When to evaluate: no, steps (every --eval_steps) or epoch.",
+    "eval_steps": "Steps between evaluations (default: --logging_steps); below 1: a share of all steps.",
     "save_steps": "Steps between checkpoints; below 1: a share of all steps.",
     "logging_steps": "Steps between lines of the log and of metrics.jsonl.",
     "report_to": "Trackers to report to: tensorboard, wandb, ...",

@@ -21,6 +21,7 @@ def keep_quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else pages of C++ frames once another rank has exited
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)  # DeepSpeed sets the level again when it is imported
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every accumulation, which DeepSpeed does
     # warnings of torch about DeepSpeed's calls, and of accelerate about the threads that ensure_environment sets
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -31,3 +32,8 @@ def keep_quiet() -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a line of DeepSpeed's log is shown. A run reports itself that it is on a CPU."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
