@@ -1,6 +1,6 @@
 """What this project adds to `transformers.TrainingArguments`: each flag with its default and its line of help.
 
-A class is a group of `--help`; `SftOptions` is all of them. A recipe's keys are the same names.
+A class of flags is a group of `--help`; `SftOptions` is all of them. A recipe's keys are the same names.
 """
 
 import json
@@ -11,7 +11,7 @@ from smoothing.linear.chunks import chunk_bytes_problem
 
 
 @dataclass
-class LossOptions:
+class LossFlags:
     """What is minimised, and what it is computed from."""
 
     _argument_group_name = "loss"
@@ -33,7 +33,7 @@ class LossOptions:
 
 
 @dataclass
-class ModelOptions:
+class ModelFlags:
     """The model to train: loaded, or built with random weights."""
 
     _argument_group_name = "model"
@@ -59,7 +59,7 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
+class DataFlags:
     """The rows to train and to evaluate on."""
 
     _argument_group_name = "data"
@@ -81,7 +81,7 @@ class DataOptions:
 
 
 @dataclass
-class ParallelismOptions:
+class ParallelismFlags:
     """How the model and its optimizer are spread over ranks."""
 
     _argument_group_name = "parallelism"
@@ -97,7 +97,7 @@ class ParallelismOptions:
 
 
 @dataclass
-class RunOptions:
+class RunFlags:
     """How a run starts, what it shows, and when it stops."""
 
     _argument_group_name = "run"
@@ -122,11 +122,11 @@ class RunOptions:
     )
 
 
-GROUPS = (LossOptions, ModelOptions, DataOptions, ParallelismOptions, RunOptions)
+GROUPS = (LossFlags, ModelFlags, DataFlags, ParallelismFlags, RunFlags)
 
 
 @dataclass
-class SftOptions(RunOptions, ParallelismOptions, DataOptions, ModelOptions, LossOptions):
+class SftOptions(RunFlags, ParallelismFlags, DataFlags, ModelFlags, LossFlags):
     """All options of this project."""
 
     def __post_init__(self) -> None:

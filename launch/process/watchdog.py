@@ -98,7 +98,7 @@ class Watchdog(TrainerCallback):
                 self._stalled()
 
     def _stalled(self) -> None:
-        here = where(sys._current_frames().get(self._main))
+        here = describe_thread(sys._current_frames().get(self._main))
         answers = {rank(): here}
         if self._store is not None:
             asking = threading.Thread(target=self._ask, args=(here, answers), daemon=True)
@@ -131,7 +131,7 @@ class Watchdog(TrainerCallback):
         with suppress(RuntimeError):
             while not self._over.wait(LOOK_SECONDS):
                 if store is not None and store.check(["asking"]):
-                    store.set(str(rank()), where(sys._current_frames().get(self._main)))
+                    store.set(str(rank()), describe_thread(sys._current_frames().get(self._main)))
                     return
 
     def _ask(self, here: str, answers: dict[int, str]) -> None:
@@ -157,7 +157,7 @@ def peers(processes: Sequence[ProcessIdentity], own_rank: int) -> dict[int, Proc
     return {other: peer for other, peer in enumerate(processes) if peer.machine == here and other != own_rank}
 
 
-def where(frame) -> str:
+def describe_thread(frame) -> str:
     """Return what a thread is doing: the collective it waits in and the caller, or its innermost line."""
     collective, innermost = None, frame
     while frame is not None:

@@ -23,7 +23,7 @@ from launch.process.ranks import rank
 from launch.run.checkpoints import checkpoints
 from launch.run.compare import check_recipe
 
-WRITTEN = (LOCK, RECIPE, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
+WRITTEN_FILES = (LOCK, RECIPE, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
 _locks: dict[Path, IO] = {}
 
 
@@ -65,7 +65,9 @@ def _named(path: Path, recipe: dict) -> tuple[Path, bool]:
 
 def _leads_away(entry: Path) -> bool:
     """Return whether a run would write through this link; a linked model or checkpoint is only read."""
-    written = entry.name in WRITTEN or entry.name.endswith(PARTIAL) or (entry.name == MODEL and not entry.exists())
+    written = (
+        entry.name in WRITTEN_FILES or entry.name.endswith(PARTIAL) or (entry.name == MODEL and not entry.exists())
+    )
     return written and entry.is_symlink()
 
 

@@ -11,7 +11,7 @@ from transformers.trainer_callback import ProgressCallback
 from launch.common.atomic_files import write_whole
 from launch.common.paths import DEEPSPEED, METRICS
 
-WRITTEN = {
+METRICS_OF_LOGS = {
     "loss": "loss",
     "nll": "nll",
     "accuracy": "accuracy",
@@ -46,7 +46,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and ("loss" in logs or "eval_nll" in logs):
-            row = {name: finite(logs[key]) for key, name in WRITTEN.items() if key in logs}
+            row = {name: finite(logs[key]) for key, name in METRICS_OF_LOGS.items() if key in logs}
             row = {"step": state.global_step} | row
             with (Path(args.output_dir) / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

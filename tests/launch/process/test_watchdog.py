@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.process.watchdog import where
+from launch.process.watchdog import describe_thread
 from smoothing.core.collectives import all_gather, start_all_gather, start_all_reduce
 
 SHARD = SimpleNamespace(world_size=2, group=None)
@@ -24,7 +24,7 @@ def test_a_collective_that_was_begun_before(monkeypatch, name):
 
     class Work:
         def wait(self):
-            said.append(where(sys._getframe()))
+            said.append(describe_thread(sys._getframe()))
 
     for begin in ("smoothing.core.collectives._all_gather", "torch.distributed.all_reduce"):
         monkeypatch.setattr(begin, lambda *_, **__: Work())
@@ -34,5 +34,5 @@ def test_a_collective_that_was_begun_before(monkeypatch, name):
 
 
 def test_no_collective():
-    assert "is in no collective, but in test_no_collective at " in where(sys._getframe())
-    assert where(None) == "has no main thread" and not dist.is_initialized()
+    assert "is in no collective, but in test_no_collective at " in describe_thread(sys._getframe())
+    assert describe_thread(None) == "has no main thread" and not dist.is_initialized()
