@@ -65,7 +65,7 @@ def set_collective_timeout(timeout: timedelta) -> None:
 def weightless() -> Iterator[None]:
     """Build models on the meta device inside, also under ZeRO 3.
 
-    transformers 5.23's `from_config` under ZeRO 3 partitions even weights on the meta device, unless it believes to
+    transformers 5.24's `from_config` under ZeRO 3 partitions even weights on the meta device, unless it believes to
     be inside `zero.Init` already. Upstream: none found. Test: `test_zero_3_partitions_models_on_the_meta_device`.
     """
     from transformers.initialization import no_init_weights
@@ -81,7 +81,7 @@ def weightless() -> Iterator[None]:
 def without_tensor_parallel() -> Iterator[None]:
     """Load models inside as if the DeepSpeed configuration had no tensor parallelism.
 
-    transformers 5.23 under ZeRO 3 refuses to load a checkpoint of any model with weight renamings if the
+    transformers 5.24 under ZeRO 3 refuses to load a checkpoint of any model with weight renamings if the
     configuration has tensor parallelism, though the renamings are applied to whole weights, and DeepSpeed splits
     layers only later, in `initialize`. Upstream: none found
     (huggingface/transformers#43303 is the loading path).

@@ -1,6 +1,6 @@
 """The private methods of `transformers.Trainer` that are overridden, since no public hook does the same.
 
-Seen with transformers 5.23. `tests/launch/common/test_library_patches.py` fails once Trainer has no such method, or
+Seen with transformers 5.24. `tests/launch/common/test_library_patches.py` fails once Trainer has no such method, or
 does what an override is for. Other patches of libraries: `launch.common.library_patches`.
 """
 
