@@ -7,6 +7,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from launch.common.errors import UserError
+from launch.common.paths import RUNS
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
@@ -34,7 +35,7 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
     options, config = deepspeed_config(options, values.get("deepspeed"), world_size())
     check_loss_scale(values.get("fp16", False), config["zero_optimization"]["stage"])
     start_alone()
-    defaults = {"use_cpu": not uses_gpu(), "output_dir": "runs"}
+    defaults = {"use_cpu": not uses_gpu(), "output_dir": str(RUNS)}
     try:
         args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:

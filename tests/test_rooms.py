@@ -17,7 +17,7 @@ LAUNCH = [
     {"run"},
     {"training"},
     {"preflight"},
-    {"assemble", "setup"},
+    {"assemble"},
     {"sft"},
 ]
 SMOOTHING = [
