@@ -28,12 +28,15 @@ def refuse_at_exchange(error: Exception, shard: object, given: object, target: o
     """Raise `error` as a `ValueError` here; the other ranks learn of it in `agreement.exchange`.
 
     The arguments are those of the call, which may be anything. Collectives: one all-gather of a header, if the
-    shard has not been agreed on; else one of a header and the statistics of as many tokens as there seem to be.
+    shard has not been agreed on; else one of a header and statistics, of the size that the arguments suggest: a
+    backend may end the processes if one rank sends another size than the others.
     """
     if isinstance(shard, VocabShard) and shard.world_size > 1:
         device, tokens = _device_and_tokens(given, target)
         header_H = Header.refusal().encode().to(device)
-        nothing = ShardStatistics.nothing(tokens, soft=False, dtype=torch.float32, device=device)
+        soft = isinstance(target, Tensor) and target.is_floating_point()
+        dtype = torch.float64 if isinstance(given, Tensor) and given.dtype == torch.float64 else torch.float32
+        nothing = ShardStatistics.nothing(tokens, soft, dtype=dtype, device=device)
         with suppress(ValueError):
             agreement.shake_hands_once(header_H, shard)
             agreement.exchange(nothing.stack(), header_H, shard)
@@ -46,7 +49,7 @@ def _device_and_tokens(given: object, target: object) -> tuple[torch.device, int
     if isinstance(given, Tensor) and given.dim():
         tokens, device = given.shape[:-1].numel(), given.device
     elif isinstance(target, Tensor):
-        tokens = target.shape[0] if target.is_floating_point() and target.dim() else target.numel()
+        tokens = target.shape[:-1].numel() if target.is_floating_point() else target.numel()
         device = target.device
     return torch.device("cpu") if device.type == "meta" else device, tokens
 

@@ -2,9 +2,13 @@
 
 Each mistake is made by one rank while the others call correctly. The rank that errs must say what was
 expected and what came; the others must name it, or the disagreement. Afterwards the group still works.
+
+A shard is kept for all calls of a group, as training keeps it: only then is a later call without a handshake.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -37,19 +41,35 @@ class Call:
     def width(self) -> int:
         return self.logits.shape[-1]
 
-    def loss(self, group):
-        shard = VocabShard(*self.bounds, self.vocab_size, group)
+    def loss(self, shard_of: Callable[[tuple[int, int], int], VocabShard]):
+        shard = shard_of(self.bounds, self.vocab_size)
         return vocab_parallel_cross_entropy(self.logits, self.target, shard, **self.options)
 
 
-def correct_call(rank: int, size: int, prior: bool = False) -> Call:
+def kept_shards(group) -> Callable[[tuple[int, int], int], VocabShard]:
+    """Shards of this group by `(bounds, vocab_size)`: the same object for the same numbers."""
+    return functools.cache(lambda bounds, vocab_size: VocabShard(*bounds, vocab_size, group))
+
+
+def correct_call(rank: int, size: int, kind: str = "") -> Call:
+    """One rank's part of a correct call. `kind`: "prior", "soft" or "double", else labels and fp32 logits."""
     start, stop = VocabShard.bounds(VOCAB, size)[rank]
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(TOKENS, VOCAB, generator=generator)[:, start:stop].requires_grad_()
-    options = {"label_smoothing": 0.1}
-    if prior:  # the uniform one, written out
+    logits = torch.randn(TOKENS, VOCAB, generator=generator)[:, start:stop]
+    target, options = torch.tensor([0, 11, -100, 5, 6]), {"label_smoothing": 0.1}
+    if kind == "prior":  # the uniform one, written out
         options["smoothing_prior"] = torch.full((stop - start,), 1 / VOCAB)
-    return Call(logits, torch.tensor([0, 11, -100, 5, 6]), (start, stop), VOCAB, options)
+    elif kind == "soft":  # of three dimensions, so that the first is not the number of tokens
+        logits = logits.unsqueeze(0)
+        target = torch.full_like(logits, 1 / VOCAB)
+    elif kind == "double":
+        logits = logits.double()
+    return Call(logits.requires_grad_(), target, (start, stop), VOCAB, options)
+
+
+def kind_of(name: str) -> str:
+    """The kind of correct call beside which a mistake of this name is made."""
+    return name.partition("-")[0]
 
 
 def with_options(**options):
@@ -107,14 +127,17 @@ MISTAKES = {
     "target-bool": (with_target(lambda target: target > 0), r"target.*int64.*bool"),
     "target-shape": (with_target(lambda target: target[:-1]), r"target.*\(5,\).*\(4,\)"),
     "soft-target-shape": (
-        with_target(lambda target: torch.ones(TOKENS, VOCAB + 1)),
-        r"\(5, \d+\).*\(5, 13\)",
+        with_target(lambda target: torch.ones(1, TOKENS, VOCAB + 1)),
+        r"\(1, 5, \d+\).*\(1, 5, 13\)",
     ),
+    "soft-smoothing": (with_options(label_smoothing=1.5), r"label_smoothing.*1\.5"),
+    "soft-logits-missing": (lambda call: replace(call, logits=None), r"logits must be a tensor, got NoneType"),
+    "double-smoothing": (with_options(label_smoothing=1.5), r"label_smoothing.*1\.5"),
     "width": (lambda call: replace(call, logits=call.logits.detach()[:, :-1]), r"\d+.*expected.*got \d+"),
     "logits-int": (lambda call: replace(call, logits=call.logits.detach().long()), r"dtype.*float32.*int64"),
     "num-items-text": (with_options(num_items_in_batch="4"), r"num_items_in_batch.*'4'"),
     "soft-target-with-gradient": (
-        lambda call: replace(call, target=torch.full((TOKENS, call.width), 1 / VOCAB, requires_grad=True)),
+        with_target(lambda target: target.clone().requires_grad_()),
         r"target gets no gradient.*detach",
     ),
     "ignore-index-huge": (with_options(ignore_index=2**70), r"ignore_index.*64 bits"),
@@ -148,7 +171,7 @@ DISAGREEMENTS = {
     "z-loss": (with_options(z_loss=0.5), r"differ"),
     "softcap": (with_options(logit_softcap=5.0), r"differ"),
     "dtype": (lambda call: replace(call, logits=call.logits.detach().bfloat16()), r"differ"),
-    "soft-target": (
+    "target-soft": (
         lambda call: replace(call, target=torch.full((TOKENS, call.width), 1 / VOCAB)),
         r"differ",
     ),
@@ -166,13 +189,14 @@ DISAGREEMENTS = {
 
 # These change how much is sent, or whether the ranks must meet again. At a later call, where nothing but the
 # loss's own collective tells the ranks of each other, the backend may end the processes.
-OUT_OF_STEP = ["tokens", "gap", "overlap", "vocab-size", "soft-target"]
+OUT_OF_STEP = ["tokens", "gap", "overlap", "vocab-size", "target-soft"]
+OUT_OF_STEP_MISTAKES = ["bound-missing"]  # another shard, hence a handshake that the other ranks do not start
 WHO = [(2, 0), (2, 1), (3, 1)]  # (ranks, the one that errs)
 
 
-def attempt_call(call: Call, group):
+def attempt_call(call: Call, shard_of):
     try:
-        call.loss(group)
+        call.loss(shard_of)
     except Exception as error:
         return type(error).__name__, str(error)
     return "no error", ""
@@ -181,30 +205,35 @@ def attempt_call(call: Call, group):
 def err(table: str, name: str, wrong_rank: int, later: bool):
     """[correct,] wrong, correct on one new group: the wrong call's error, the losses of the correct ones."""
     rank, group = dist.get_rank(), fresh_group()
-    correct = correct_call(rank, dist.get_world_size(), prior=name.startswith("prior"))
+    shard_of = kept_shards(group)
+    correct = correct_call(rank, dist.get_world_size(), kind_of(name))
     wrong = globals()[table][name][0](correct) if rank == wrong_rank else correct
-    before = correct.loss(group).item() if later else None
-    outcome = attempt_call(wrong, group)
-    after = correct.loss(group).item()
+    before = correct.loss(shard_of).item() if later else None
+    outcome = attempt_call(wrong, shard_of)
+    after = correct.loss(shard_of).item()
     dist.destroy_process_group(group)
     return *outcome, before, after
 
 
-def truth():
-    call = correct_call(0, 1)
-    return torch.nn.functional.cross_entropy(call.logits, call.target, label_smoothing=0.1).item()
+def truth(name: str):
+    call = correct_call(0, 1, kind_of(name))
+    target = call.target.flatten(0, -2) if call.target.is_floating_point() else call.target
+    return torch.nn.functional.cross_entropy(call.logits.flatten(0, -2), target, label_smoothing=0.1).item()
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["first-call", "later-call"])
+FIRST = [pytest.param(name, False, id=f"{name}-first-call") for name in MISTAKES]
+LATER = [pytest.param(name, True, id=f"{name}-later-call") for name in MISTAKES if name not in OUT_OF_STEP_MISTAKES]
+
+
 @pytest.mark.parametrize("size, wrong_rank", WHO, ids="{}".format)
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name, later", FIRST + LATER)
 def test_mistake_of_one_rank(name, size, wrong_rank, later):
     results = pool(size).run(err, "MISTAKES", name, wrong_rank, later)
     for rank, (error, message, before, after) in enumerate(results):
         assert error == "ValueError", f"rank {rank}: {error} {message}"
         expected = MISTAKES[name][1] if rank == wrong_rank else rf"rank\D*{wrong_rank}"
         assert re.search(expected, message, re.S), f"rank {rank}: {message}"
-        assert after == pytest.approx(truth(), rel=1e-6)
+        assert after == pytest.approx(truth(name), rel=1e-6)
         assert before is None or before == after
 
 
@@ -216,7 +245,7 @@ def test_ranks_that_disagree_at_their_first_call(name, size, wrong_rank):
     ):
         assert error == "ValueError", f"rank {rank}: {error} {message}"
         assert re.search(DISAGREEMENTS[name][1], message, re.S), f"rank {rank}: {message}"
-        assert after == pytest.approx(truth(), rel=1e-6)
+        assert after == pytest.approx(truth(name), rel=1e-6)
 
 
 @pytest.mark.parametrize("size, wrong_rank", WHO, ids="{}".format)
@@ -231,14 +260,14 @@ def test_ranks_that_disagree_later(name, size, wrong_rank):
 
 
 def err_later_only(name: str, wrong_rank: int):
-    rank, group = dist.get_rank(), fresh_group()
+    rank, shard_of = dist.get_rank(), kept_shards(fresh_group())
     correct = correct_call(rank, dist.get_world_size())
-    correct.loss(group)
-    wrong = DISAGREEMENTS[name][0](correct) if rank == wrong_rank else correct
-    wrong.loss(group)
+    correct.loss(shard_of)
+    wrong = (MISTAKES | DISAGREEMENTS)[name][0](correct) if rank == wrong_rank else correct
+    wrong.loss(shard_of)
 
 
-@pytest.mark.parametrize("name", OUT_OF_STEP)
+@pytest.mark.parametrize("name", OUT_OF_STEP + OUT_OF_STEP_MISTAKES)
 def test_ranks_out_of_step_all_end_in_time(name):
     outcomes = pool(3).attempt(err_later_only, name, 1)
     pool(3).close(kill=True)
@@ -274,6 +303,6 @@ def alone_wrong(name: str, head: str):
 @pytest.mark.parametrize("head", ["sharded", "fused"])
 @pytest.mark.parametrize("name", ALONE_WRONG)
 def test_one_rank_finds_out_by_itself(name, head):
-    """What several ranks find out together: nobody else is there to hear of it."""
+    """What several ranks find out together, a single rank finds out without any collective."""
     (outcome,) = pool(1).attempt(alone_wrong, name, head)
     assert outcome.error == "ValueError" and re.search(ALONE_WRONG[name][2], outcome.message), outcome
