@@ -1,4 +1,4 @@
-"""Errors that end a run, or cost one row of its data, with a sentence instead of a traceback."""
+"""Errors that end a run, or cost one row of its data, with a one-line error instead of a traceback."""
 
 
 class UserError(Exception):

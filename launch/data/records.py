@@ -42,7 +42,7 @@ class DropReport:
     """Dropped rows with their reasons, and kept rows and files that the user may want to look at.
 
     `truncated`: rows kept with a shortened prompt. `spelled_out`: rows kept, and the special token that each holds.
-    `left_out`: a sentence for files that were left out by their names.
+    `left_out`: a line for files that were left out by their names.
     """
 
     rejections: list[Rejected] = field(default_factory=list)

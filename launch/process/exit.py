@@ -64,8 +64,8 @@ def run_to_its_end(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
-        if sentence := _environment_problem(error):
-            _tell(sentence, everywhere=True)
+        if problem := _environment_problem(error):
+            _tell(problem, everywhere=True)
             if _peer_lost(error):
                 time.sleep(ALIKE_SECONDS)
         else:

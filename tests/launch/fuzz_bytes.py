@@ -58,8 +58,8 @@ def one_input(content: bytes) -> None:
         return
     try:
         READERS[content[0] % len(READERS)](content[1:])
-    except UserError as fault:
-        assert str(fault)
+    except UserError as error:
+        assert str(error)
 
 
 def main() -> None:

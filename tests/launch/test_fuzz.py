@@ -99,8 +99,8 @@ def test_data_files(tokenizer, file, strict):
         try:
             examples = read_examples(str(path), None, strict, 0.2)
             data = encode_examples(examples, tokenizer, 64, strict)
-        except DataError as fault:
-            assert str(fault) and "Traceback" not in str(fault)
+        except DataError as error:
+            assert str(error) and "Traceback" not in str(error)
             return
         for row in [*data.train, *data.heldout]:
             assert any(label != -100 for label in row["labels"][1:])
@@ -121,8 +121,8 @@ def test_recipes(recipe):
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         try:
             options, training = parse_options(["--recipe", str(path)])
-        except UserError as fault:
-            assert str(fault)
+        except UserError as error:
+            assert str(error)
             return
         assert options.recipe == str(path) and isinstance(training, dict)
 
@@ -136,8 +136,8 @@ def test_files_given_as_recipes(content):
         path.write_bytes(content)
         try:
             parse_options(["--recipe", str(path), "--model", "somewhere"])
-        except UserError as fault:
-            assert str(fault)
+        except UserError as error:
+            assert str(error)
 
 
 ds_keys = st.sampled_from(
@@ -154,8 +154,8 @@ def test_deepspeed_files(config, tp):
         path.write_text(json.dumps(config))
         try:
             deepspeed_config(SftOptions(model="somewhere", tp=tp), str(path), 4)
-        except UserError as fault:
-            assert str(fault)
+        except UserError as error:
+            assert str(error)
 
 
 SIZES = st.integers(0, 5)
@@ -197,8 +197,8 @@ def test_arguments_of_the_loss(first, weight, target, bounds, given_options, lin
             loss = vocab_parallel_cross_entropy(first, target, shard, **given_options)
         else:
             loss = vocab_parallel_linear_cross_entropy(first, weight, target, shard, **given_options, **linear)
-    except ValueError as fault:
-        assert str(fault)
+    except ValueError as error:
+        assert str(error)
         return
     loss = loss[0] if isinstance(loss, tuple) else loss
     assert loss.dtype in (torch.float32, torch.float64)

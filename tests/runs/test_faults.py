@@ -213,7 +213,7 @@ def test_a_mistake_on_one_rank_alone(folder):
 
 
 def test_a_value_that_a_library_refuses(folder):
-    """On all ranks alike: said once, as a mistake, before anything is trained."""
+    """On all ranks alike: reported once, as a user error, before anything is trained."""
     launch = ForkedLaunch(folder, "refused", LAYOUT | {"lr_scheduler_kwargs": '{"foo": 1}'})
     said = failing(launch)
     assert launch.launcher.returncode == 2 and "Traceback" not in said

@@ -54,7 +54,7 @@ def output(written, read) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Every run, by number of ranks and tensor parallelism: those that are interrupted, then those that go on."""
+    """Every run, by number of ranks and tensor parallelism: those that are interrupted, then those that resume."""
     folder = tmp_path_factory.mktemp("universal")
     write_data(folder)
     write_model(folder, tied=True, num_key_value_heads=4)

@@ -1,8 +1,8 @@
 """Runs that are killed at any moment and started again until they end: `python -m tests.runs.torture --kills 50`.
 
 Each run is a real launch. A kill hits one rank, at a moment drawn at random over the whole run, or while it saves or
-exports. After each, every process of the launch must be gone within a minute, and the next start must go on. Prints
-how many runs ended with exactly the weights of the run that nobody touched.
+exports. After each, every process of the launch must be gone within a minute, and the next start must resume. Prints
+how many runs ended with exactly the weights of an undisturbed run.
 """
 
 import argparse

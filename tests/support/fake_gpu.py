@@ -97,8 +97,8 @@ def allow_cuda_tensors(folder: Path) -> None:
         source = str(Path(__file__).with_suffix(".cpp"))
         try:
             cpp_extension.load("fake_gpu", [source], build_directory=str(folder), is_python_module=False)
-        except (RuntimeError, OSError) as fault:
-            pytest.skip(f"needs a C++ compiler: {fault}")
+        except (RuntimeError, OSError) as error:
+            pytest.skip(f"needs a C++ compiler: {error}")
 
 
 @contextlib.contextmanager

@@ -111,10 +111,10 @@ def test_every_shipped_recipe_parses():
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
 def test_mistakes_in_a_recipe(recipe, values, words):
-    with pytest.raises(UserError) as fault:
+    with pytest.raises(UserError) as error:
         parse_options(["--recipe", recipe(**{"model": "somewhere"} | values)])
     for word in words:
-        assert word in str(fault.value)
+        assert word in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,11 @@ def test_the_vocabulary_is_the_tokenizers_and_the_seed_decides(tokenizer):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_errors_in_a_configuration(tokenizer, values, words):
-    with pytest.raises(UserError) as fault:
+    with pytest.raises(UserError) as error:
         build(tokenizer, **values)
-    assert "\n" not in str(fault.value) and len(str(fault.value)) < 600
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
     for word in words:
-        assert word in str(fault.value)
+        assert word in str(error.value)
 
 
 def test_what_is_no_mistake_in_a_configuration(tokenizer):
@@ -213,10 +213,10 @@ def test_files_of_a_model_that_cannot_be_read(tokenizer, tmp_path, name, content
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
     options = SftOptions(model=str(tmp_path))
-    with pytest.raises(UserError) as fault:
+    with pytest.raises(UserError) as error:
         load_model(options, load_tokenizer(options, list), torch.float32, seed=0)
-    assert str(tmp_path) in str(fault.value) or name in str(fault.value)
-    assert "\n" not in str(fault.value)
+    assert str(tmp_path) in str(error.value) or name in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("break_", ["missing", "shard", "extra", "none"])

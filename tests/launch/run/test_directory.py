@@ -213,7 +213,7 @@ def test_an_explicit_checkpoint(run, tmp_path):
 
 
 def test_a_directory_prefers_its_own_checkpoint(run, tmp_path, capsys):
-    """And does not pass over in silence the one that is given."""
+    """And reports that it ignores the one that is given."""
     assert open_run(str(run), RECIPE, str(tmp_path), FACTS).checkpoint == run / "checkpoint-4"
     assert "--resume_from_checkpoint is for a directory without" in capsys.readouterr().out
 
