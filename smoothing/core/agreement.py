@@ -4,8 +4,8 @@ Where there are several, each loss sends a header of a few int64 (`Header`): a r
 takes part, and every other rank learns of it in the very collective that it would otherwise have waited in.
 
 The loss from logits sends the header in front of its statistics, in the same all-gather. The first time that a shard
-is used the header is exchanged once more, alone and before anything else: only then can ranks with different numbers
-of tokens be told so (afterwards such a call ends in an error of the collectives' backend). The fused head, whose
+is used the header is exchanged once more, alone and before anything else: only then can ranks find out that their
+numbers of tokens differ (afterwards such a call ends in an error of the collectives' backend). The fused head, whose
 statistics travel in chunks, always sends the header alone and first, while it sums up `w̄`: that is its handshake.
 
 On the CPU headers are read in every call. On a device that would be a host synchronisation a step, so they are read
@@ -152,9 +152,18 @@ def start_handshake(header_H: Tensor, shard: VocabShard) -> Callable[[], Handsha
 
 
 def exchange(stats_FT: Tensor, header_H: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Give every rank the statistics of all: `stats_RFT`, and the headers `[R, HEADER_FIELDS]` that came with them.
+    """Give every rank the statistics of all.
 
-    Collectives: one all-gather of header and statistics.
+    Args:
+        stats_FT: this rank's statistics, fp32 or fp64.
+        header_H: its header, int64.
+        shard: whose group takes part.
+
+    Returns:
+        `stats_RFT`, and the headers `[R, HEADER_FIELDS]` that came with them.
+
+    Collectives:
+        One all-gather of header and statistics.
     """
     message = torch.cat([header_H.view(stats_FT.dtype), stats_FT.flatten()])
     messages_R = all_gather(message, shard)

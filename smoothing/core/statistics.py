@@ -29,7 +29,7 @@ class ShardStatistics(NamedTuple):
 
     @classmethod
     def nothing(cls, tokens: int, soft: bool, prior: bool = True, **options: Any) -> "ShardStatistics":
-        """What a rank without any real column has to say."""
+        """Return the statistics of a rank without any real column."""
         zeros_T = torch.zeros(tokens, **options)
         maximum_T = torch.full_like(zeros_T, -torch.inf)
         return cls(maximum_T, zeros_T, zeros_T, zeros_T if prior else None, zeros_T if soft else None)
@@ -54,8 +54,10 @@ def add_up(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor
 
         M = max m_r      lse - M = log Σ s_r·exp(m_r - M)      Σ u_v (z_v - M) = Σ_r c_r + U_r·(m_r - M)
 
-    `label_owner_T`: the rank that holds each token's label, None where labels are distributions.
-    `prior_mass_R`: U_r, the prior mass of each rank's shard; None if the statistics have no `prior`.
+    Args:
+        stats_RFT: the statistics of each rank, in the order of the ranks.
+        label_owner_T: the rank that holds each token's label, None where labels are distributions.
+        prior_mass_R: U_r, the prior mass of each rank's shard; None if the statistics have no `prior`.
     """
     maximum_RT, sum_exp_RT, label_RT = stats_RFT[:, :3].unbind(1)
     maximum_T = maximum_RT.amax(0)

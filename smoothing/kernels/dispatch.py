@@ -20,12 +20,23 @@ _triton_works: dict[str, bool] = {}  # by the kind of device
 
 
 class Backend(Protocol):
-    """What is done with a shard's logits. The modules `torch_ops` and `triton_ops` are the two backends."""
+    """What is done with a shard's logits. The modules `torch_ops` and `triton_ops` are the two backends.
+
+    Args that several methods share:
+        logits_TS: this rank's logits, `[T, S]` fp32, bf16, fp16 or fp64, any strides.
+        target: labels, `[T]` int64, or probabilities of this rank's columns, `[T, S]` floating point.
+        call: options, shard, prior and the dtype of the statistics.
+        with_prior: whether Σ u_v z_v (in a gradient ε·u) is taken from the logits.
+    """
 
     def statistics(
         self, logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bool = True
     ) -> ShardStatistics:
-        """Describe the logits to the other ranks: one read. `with_prior=False`: Σ u_v z_v is not taken."""
+        """Describe the logits to the other ranks: one read.
+
+        Returns:
+            Fields of `[T]` in the dtype of the statistics; those of a token without a label are finite.
+        """
 
     def combine(
         self,
@@ -35,7 +46,16 @@ class Backend(Protocol):
         call: LossCall,
         with_prior: bool = True,
     ) -> tuple[Combined, Tensor, Tensor | None]:
-        """Add up all ranks' statistics: also `LossCall.softmax_scale` `[T]`, and the losses `[T]` if known."""
+        """Add up all ranks' statistics.
+
+        Args:
+            stats_RFT: the statistics of each rank, in the order of the ranks.
+            headers_RH: their headers, int64; None for one rank.
+
+        Returns:
+            The sums, `LossCall.softmax_scale` `[T]` of them, and the losses `[T]`, 0 for a token without a label;
+            None for the losses if `with_prior` is False, since they are not known yet.
+        """
 
     def gradient(
         self,
@@ -48,7 +68,19 @@ class Backend(Protocol):
         out_TS: Tensor,
         with_prior: bool = True,
     ) -> Tensor:
-        """Write the gradient of the logits to `out_TS`, which may be their own memory: one read, one write."""
+        """Write the gradient of the logits: one read, one write.
+
+            ∂z_v = weight·(scale·exp(z_v - base) - (1-ε)·q_v - ε·u_v)·(1 - (z_v/cap)²)
+
+        Args:
+            base_T: what logits are taken relative to, the maximum over the vocabulary.
+            scale_T: makes `exp(z - base)` a probability, times its factor from a z-loss.
+            weight_T: what the loss of each token is scaled by; may be one number, expanded.
+            out_TS: where to write, at most as wide a dtype as the logits'; it may be their own memory.
+
+        Returns:
+            `out_TS`. Padding columns and tokens without a label are 0.
+        """
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         """Multiply a gradient by a single number, in place; a factor of 1 costs nothing."""

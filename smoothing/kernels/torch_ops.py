@@ -52,7 +52,7 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
 
 
 def statistics_in_place(z_nK: Tensor, target_n: Tensor, call: LossCall) -> ShardStatistics:
-    """This rank's statistics of logits that nobody else needs, but for Σ u_v z_v: `z` becomes `exp(z - m_r)`.
+    """Statistics without Σ u_v z_v, of logits that are not needed any more: `z` becomes `exp(z - m_r)`.
 
     Three passes over a few rows at a time, so that on the CPU two of them find the rows in cache.
     """

@@ -38,7 +38,7 @@ def _capped(z, cap):
 
 @triton.jit
 def _read_block(row_logits, column_stride, column, inside, cap, CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """A block of a row's logits in fp32, capped if so asked; -inf outside."""
+    """A block of a row's logits in fp32, capped with CAPPED; -inf outside."""
     place = row_logits + column.to(tl.int64) * column_stride
     z = tl.load(place, mask=inside, other=float("-inf")) if MASKED else tl.load(place)
     z = z.to(tl.float32)

@@ -63,7 +63,7 @@ def combine(
         torch.empty(*rows, count, dtype=torch.float32, device=stats_RFT.device) for rows in ((2,), (4,), ())
     )
     if count:
-        header = headers_RH if headers_RH is not None else target  # any tensor will do, since none is read
+        header = headers_RH if headers_RH is not None else target  # any tensor: it is not read
         with _current(stats_RFT):
             triton_kernels.combine_kernel[(triton.cdiv(count, COMBINE_BLOCK),)](
                 stats_RFT,
@@ -139,7 +139,7 @@ def gradient(
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
-    """`gradient *= factor`, one number, in contiguous memory; where that is 1 nothing is read, and nobody waits."""
+    """`gradient *= factor`, one number, in contiguous memory; a factor of 1 reads nothing, and no host waits."""
     if count := gradient.numel():
         with _current(gradient):
             triton_kernels.scale_kernel[(triton.cdiv(count, SCALE_BLOCK),)](
@@ -153,7 +153,7 @@ def _current(logits_TS: Tensor) -> torch.cuda.device:
 
 
 def _prior(call: LossCall, logits_TS: Tensor) -> Tensor:
-    """The prior as a kernel reads it; where it is uniform any tensor will do, since none is read."""
+    """The prior as a kernel reads it; for a uniform one any tensor, which is not read."""
     return logits_TS if call.prior is None else call.prior.contiguous()
 
 

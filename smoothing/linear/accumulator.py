@@ -56,7 +56,7 @@ def power_of_two(weights_N: Tensor) -> Tensor:
     return torch.exp2(exponent.clamp(-126, 127).to(weights_N.dtype))  # normal numbers
 
 
-class Labels(NamedTuple):
+class LabelTerms(NamedTuple):
     """What a chunk's labels add to the gradient of its logits: `weight_m1` at `(row_m, column_m)`."""
 
     row_m: Tensor
@@ -69,7 +69,7 @@ class LogitsGradient(NamedTuple):
 
     factor_nK: Tensor
     scale_n1: Tensor | None = None
-    labels: Labels | None = None
+    labels: LabelTerms | None = None
 
 
 class PriorGradient(NamedTuple):

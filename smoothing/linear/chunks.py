@@ -33,7 +33,7 @@ def chunk_length(tokens: int, most: int) -> int:
 
 
 def chunk_slices(tokens: int, token_bytes: int, budget: int) -> list[slice]:
-    """Return the chunks of all tokens, of which each takes `token_bytes`; at least one token a chunk."""
+    """Return the chunks of all tokens, of `token_bytes` each, within a budget; at least one token a chunk."""
     step = chunk_length(tokens, max(1, budget // token_bytes))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
 

@@ -17,7 +17,7 @@ from smoothing.kernels import torch_ops
 from smoothing.linear import matmul
 from smoothing.linear.accumulator import (
     GradientAccumulator,
-    Labels,
+    LabelTerms,
     LogitsGradient,
     PriorGradient,
     TokenWeights,
@@ -151,12 +151,12 @@ def _accumulate(
     accumulator.add(tokens, gradient, multiplied)
 
 
-def _labels(head: LinearHead, target_n: Tensor, weight_n: Tensor) -> Labels:
+def _labels(head: LinearHead, target_n: Tensor, weight_n: Tensor) -> LabelTerms:
     """What the labels that this rank owns add to the gradient of the logits."""
     owned_n, column_n = head.call.local_target(target_n)
     row_m = owned_n.nonzero().squeeze(1)
     weight_m1 = (weight_n[row_m] * (head.call.options.label_smoothing - 1)).unsqueeze(1)
-    return Labels(row_m, column_n[owned_n], weight_m1)
+    return LabelTerms(row_m, column_n[owned_n], weight_m1)
 
 
 def _joined(parts: list[Combined], head: LinearHead) -> Combined:
