@@ -11,7 +11,7 @@ import datasets
 from launch.common.errors import Reject
 from launch.common.messages import one_line
 from launch.data.examples.conversation import encode_chat
-from launch.data.examples.formats import ChatExample, Example, TokenExample
+from launch.data.examples.kinds import ChatExample, Example, PairExample, TokenExample
 from launch.data.examples.rows import Row, checked_tokens, join, token_ids
 from launch.data.examples.special_tokens import SpelledOut
 from launch.data.read import Examples
@@ -67,6 +67,8 @@ def encode(example: Example, tokenizer, max_length: int) -> Row:
     check_tokenizer(tokenizer, max_length)
     if isinstance(example, ChatExample):
         return encode_chat(example, tokenizer, max_length)
+    if isinstance(example, PairExample):
+        example = example.text
     prompt, completion = token_ids(example.prompt, tokenizer), token_ids(example.completion, tokenizer)
     return join(prompt, completion, tokenizer, max_length)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from launch.common.errors import Reject
 from launch.common.messages import shortened
-from launch.data.examples.formats import FORMATS, ChatExample, Example, TextExample, detect_format, to_example
+from launch.data.examples.formats import FORMATS, detect_format, to_example
+from launch.data.examples.kinds import ChatExample, Example, PairExample, TextExample
 from launch.data.records import DataError, DropReport, Record
 from launch.data.sources.files import read_records
 from launch.data.sources.stdlib_docstrings import docstring_corpus
@@ -67,6 +68,8 @@ def training_texts(examples: Iterable[Example]) -> list[str]:
     """Return the texts to train a tokenizer on. Raises DataError for rows that are tokenised already."""
     texts = []
     for example in examples:
+        if isinstance(example, PairExample):
+            example = example.text
         if isinstance(example, TextExample):
             texts.append(example.prompt + example.completion)
         elif isinstance(example, ChatExample):

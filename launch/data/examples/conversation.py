@@ -8,7 +8,8 @@ import re
 
 from launch.common.errors import Reject
 from launch.common.messages import error_line, typed_error_line
-from launch.data.examples.formats import ChatExample, unicode
+from launch.data.examples.formats import unicode
+from launch.data.examples.kinds import ChatExample
 from launch.data.examples.rows import IGNORED, Row, join, strip_left, token_ids
 from launch.data.records import DataError
 

@@ -1,11 +1,11 @@
 """The formats of records, and their conversion to examples."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from launch.common.errors import Reject
 from launch.common.messages import shortened
+from launch.data.examples.kinds import ChatExample, Example, PairExample, TextExample, TokenExample
 from launch.data.records import Record
 
 FORMATS = {
@@ -24,35 +24,6 @@ RESPONSE_COMPLETION = " {output}"
 ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class TextExample:
-    """A prompt, which may be empty, and the completion to be learned."""
-
-    prompt: str
-    completion: str
-    where: str
-
-
-@dataclass(frozen=True)
-class ChatExample:
-    """A conversation that ends with the assistant's answer."""
-
-    messages: list[dict[str, Any]]
-    where: str
-
-
-@dataclass(frozen=True)
-class TokenExample:
-    """Token ids and labels that are used as they are."""
-
-    input_ids: list[int]
-    labels: list[int]
-    where: str
-
-
-Example = TextExample | ChatExample | TokenExample
-
-
 def detect_format(fields: Mapping[str, Any]) -> str | None:
     """Return the first format whose fields all have a value; failing that, the first whose fields are all present."""
     filled = {name for name, value in fields.items() if value is not None}
@@ -69,19 +40,28 @@ def to_example(record: Record, format: str) -> Example:
     if format == "already tokenised":
         return TokenExample(_ids(fields, "input_ids"), _ids(fields, "labels"), where)
     if format == "messages":
-        return ChatExample(_messages(fields), where)
+        messages = _messages(fields)
+        answers = tuple(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        return ChatExample(messages, where, answers)
     if format == "prompt/completion":
         return TextExample(_text(fields, "prompt"), _answer(fields, "completion"), where)
     if format == "question/answer":
-        prompt = QUESTION_PROMPT.format(question=_text(fields, "question"))
-        return TextExample(prompt, ANSWER_COMPLETION.format(answer=_answer(fields, "answer")), where)
+        question, answer = _text(fields, "question"), _answer(fields, "answer")
+        text = QUESTION_PROMPT.format(question=question), ANSWER_COMPLETION.format(answer=answer)
+        return _pair(question, answer, text, where)
     if format == "instruction/input/output":
-        instruction = _text(fields, "instruction")
+        instruction, answer = _text(fields, "instruction"), _answer(fields, "output")
         context = _text(fields, "input") if fields.get("input") is not None else ""
         template = INSTRUCTION_INPUT_PROMPT if context.strip() else INSTRUCTION_PROMPT
         prompt = template.format(instruction=instruction, input=context)
-        return TextExample(prompt, RESPONSE_COMPLETION.format(output=_answer(fields, "output")), where)
+        question = f"{instruction}\n\n{context}" if context.strip() else instruction
+        return _pair(question, answer, (prompt, RESPONSE_COMPLETION.format(output=answer)), where)
     raise ValueError(f"format should be one of {', '.join(FORMATS)}, got {format!r}")
+
+
+def _pair(question: str, answer: str, text: tuple[str, str], where: str) -> PairExample:
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return PairExample(TextExample(*text, where), ChatExample(chat, where, (1,)))
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:

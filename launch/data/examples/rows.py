@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from launch.common.errors import Reject
 from launch.common.messages import error_line, shortened
-from launch.data.examples.formats import TokenExample
+from launch.data.examples.kinds import TokenExample
 from smoothing.core.options import DEFAULT_IGNORE_INDEX
 
 IGNORED = DEFAULT_IGNORE_INDEX  # the label of a token that is context only

@@ -2,7 +2,7 @@
 
 import re
 
-from launch.data.examples.formats import ChatExample, Example, TextExample
+from launch.data.examples.kinds import ChatExample, Example, PairExample, TextExample
 
 
 class SpelledOut:
@@ -15,6 +15,8 @@ class SpelledOut:
 
     def first(self, example: Example) -> str | None:
         """Return the first special token in an example's text, other than BOS at its start and EOS at its end."""
+        if isinstance(example, PairExample):
+            example = example.text
         if isinstance(example, TextExample):
             texts = [example.prompt.removeprefix(self._start), example.completion.removesuffix(self._end)]
         elif isinstance(example, ChatExample):

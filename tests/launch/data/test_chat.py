@@ -4,7 +4,7 @@ import pytest
 
 from launch.common.errors import Reject
 from launch.data.encode import encode, encode_examples
-from launch.data.examples.formats import ChatExample
+from launch.data.examples.kinds import ChatExample
 from launch.data.read import read_examples
 from launch.data.records import DataError
 from launch.data.train_tokenizer import train_tokenizer
@@ -30,7 +30,8 @@ REFUSES = "{{ raise_exception('roles must alternate') }}"
 
 def conversation(*turns: str) -> ChatExample:
     roles = {"s": "system", "u": "user", "a": "assistant"}
-    return ChatExample([{"role": roles[t[0]], "content": t[1:]} for t in turns], "f:1")
+    answers = tuple(index for index, turn in enumerate(turns) if turn[0] == "a")
+    return ChatExample([{"role": roles[t[0]], "content": t[1:]} for t in turns], "f:1", answers)
 
 
 ONE = conversation("sbe", "uhi", "aho")
@@ -171,7 +172,7 @@ def test_whatever_a_template_raises_costs_its_row(tokenizer, template, marked):
 def test_a_field_that_no_tokenizer_takes_costs_its_row(tokenizer):
     """JSON can spell half a surrogate pair, and a template may show any field of a message."""
     named = PLAIN.replace("m.content", "m.content + (m.name or '')")
-    example = ChatExample([{"role": "user", "content": "hi", "name": "\ud800"}, *ONE.messages[-1:]], "f:1")
+    example = ChatExample([{"role": "user", "content": "hi", "name": "\ud800"}, *ONE.messages[-1:]], "f:1", (1,))
     for template in (named, named.replace("{{ 'A:'", "{% generation %}{% endgeneration %}{{ 'A:'")):
         with pytest.raises(Reject, match=r"half a surrogate pair|refuses the conversation"):
             encode(example, with_template(tokenizer, template), 64)

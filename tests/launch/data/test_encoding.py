@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from launch.common.errors import Reject
 from launch.data.encode import encode, encode_examples
-from launch.data.examples.formats import TextExample, TokenExample, detect_format, to_example
+from launch.data.examples.formats import detect_format, to_example
+from launch.data.examples.kinds import TextExample, TokenExample
 from launch.data.read import read_examples, training_texts
 from launch.data.records import DataError
 from launch.data.sources.stdlib_docstrings import docstring_corpus, is_heldout
@@ -124,7 +125,7 @@ def test_mask_and_places_on_questions(tmp_path, tokenizer):
     encoded = encode_examples(examples, tokenizer, 512)
     assert (len(encoded.train), len(encoded.heldout)) == (37, 2)
     assert [(r.where, r.reason) for r in encoded.report.rejections] == [(f"{path}:8", "empty answer")]
-    by_place = {example.where: example for example in examples.train + examples.heldout}
+    by_place = {example.where: example.text for example in examples.train + examples.heldout}
     for row in [*encoded.train, *encoded.heldout]:
         example = by_place[row["where"]]
         assert example.completion.startswith(" ") and "#### " in example.completion

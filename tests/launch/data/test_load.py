@@ -12,7 +12,7 @@ from launch.config.options import SftOptions
 from launch.data.batches import PadToLongest
 from launch.data.blank_rows import fill_to_multiple
 from launch.data.encode import COLUMNS, EncodedData, encode_examples
-from launch.data.examples.formats import TextExample
+from launch.data.examples.kinds import TextExample
 from launch.data.examples.rows import IGNORED
 from launch.data.examples.special_tokens import SpelledOut
 from launch.data.load import describe_example, load_data

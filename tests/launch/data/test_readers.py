@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from launch.common.errors import Reject
-from launch.data.examples.formats import ChatExample, TextExample, TokenExample, detect_format, to_example
+from launch.data.examples.formats import detect_format, to_example
+from launch.data.examples.kinds import ChatExample, PairExample, TextExample, TokenExample
 from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport, Record
 from launch.data.sources.files import read_records
@@ -203,17 +204,26 @@ def test_a_csv_field_may_be_long_and_the_limit_is_left_as_it_was(tmp_path):
 
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def chat(question: str, answer: str) -> ChatExample:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return ChatExample(messages, "f:1", learned=(1,))
+
+
 RECOGNISED = {
     "prompt/completion": ({"prompt": "p", "completion": "c"}, TextExample("p", "c", "f:1")),
     "question/answer": (
         {"question": "q?", "answer": "a"},
-        TextExample("Question: q?\nAnswer:", " a", "f:1"),
+        PairExample(TextExample("Question: q?\nAnswer:", " a", "f:1"), chat("q?", "a")),
     ),
     "instruction/input/output": (
         {"instruction": "do", "input": "this", "output": "done"},
-        TextExample("Instruction: do\nInput: this\nResponse:", " done", "f:1"),
+        PairExample(
+            TextExample("Instruction: do\nInput: this\nResponse:", " done", "f:1"), chat("do\n\nthis", "done")
+        ),
     ),
-    "messages": ({"messages": CHAT}, ChatExample(CHAT, "f:1")),
+    "messages": ({"messages": CHAT}, chat("hi", "ho")),
     "already tokenised": (
         {"input_ids": [1, 2], "labels": [-100, 2]},
         TokenExample([1, 2], [-100, 2], "f:1"),
@@ -233,7 +243,7 @@ def test_format_is_recognised_beside_other_fields(format):
 def test_instruction_without_input(given):
     fields = {"instruction": "do {input}", "output": "done"} | given
     example = to_example(Record(fields, "f:1"), "instruction/input/output")
-    assert example.prompt == "Instruction: do {input}\nResponse:"
+    assert example.text.prompt == "Instruction: do {input}\nResponse:"
 
 
 def test_null_columns_do_not_decide_the_format():
