@@ -16,8 +16,8 @@ class StrictDecoder:
         self._unusable: list[Reject] = []
         self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
 
-    def decode_at(self, text: str, start: int = 0) -> tuple[Any, int, Reject | None]:
-        """Decode the value at `start`.
+    def decode_at(self, text: str, start: int = 0, column: int = 0) -> tuple[Any, int, Reject | None]:
+        """Decode the value at `start`; `column` is how many characters of its first line precede `text`.
 
         Returns: the value, the position behind it, and why it is unusable (None if it is an object that is usable).
         Raises: Reject if the text is broken, and it is unknown where the value ends.
@@ -26,7 +26,7 @@ class StrictDecoder:
         try:
             value, end = self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise Reject("broken JSON", f"{error.msg}, column {error.colno}") from None
+            raise Reject("broken JSON", f"{error.msg}, column {error.colno + column * (error.lineno == 1)}") from None
         except RecursionError:
             raise Reject("broken JSON", "nested too deeply") from None
         except ValueError as error:  # a number of more than 4300 digits

@@ -1,6 +1,7 @@
 """Records with their origin, and the report of dropped rows: what all parts of the data layer share."""
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ class DataError(UserError):
 class Record:
     """One row as it was read; `where` is its `file:line`."""
 
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
     where: str
 
 
@@ -29,6 +30,11 @@ class Rejected:
     detail: str = ""
     whole_file: bool = False
 
+    @classmethod
+    def of(cls, where: str, reject: Reject) -> "Rejected":
+        """Return what is reported of the row or file at `where`, which cannot be used."""
+        return cls(where, reject.reason, reject.detail, reject.whole_file)
+
     def __str__(self) -> str:
         return one_line(f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else ""))
 
@@ -37,12 +43,22 @@ class Rejected:
         return one_line(f"{self.where} ({self.detail})" if self.detail else self.where)
 
 
+@dataclass(frozen=True)
+class Note:
+    """A line for the log about how a source is read: which of its files or columns are left out, and why."""
+
+    text: str
+
+
+Records = Iterator[Record | Rejected | Note]  # what a source yields
+
+
 @dataclass
 class DropReport:
     """Dropped rows with their reasons, and kept rows and files that the user may want to look at.
 
     `truncated`: rows kept with a shortened prompt. `spelled_out`: rows kept, and the special token that each holds.
-    `left_out`: a line for files that were left out by their names.
+    `left_out`: notes on how a source was read, such as files that were left out by their names.
     """
 
     rejections: list[Rejected] = field(default_factory=list)
@@ -52,7 +68,7 @@ class DropReport:
 
     def add(self, where: str, reject: Reject, strict: bool = False) -> None:
         """Count one dropped row. Raises DataError instead when `strict`."""
-        rejected = Rejected(where, reject.reason, reject.detail, reject.whole_file)
+        rejected = Rejected.of(where, reject)
         self.rejections.append(rejected)
         if strict:
             raise DataError(f"{rejected}. Fix or remove it, or run without --strict to drop it.")

@@ -26,12 +26,19 @@ ROLES = ("system", "user", "assistant", "tool")
 
 def detect_format(fields: Mapping[str, Any]) -> str | None:
     """Return the first format whose fields all have a value; failing that, the first whose fields are all present."""
-    filled = {name for name, value in fields.items() if value is not None}
+    filled = {name for names in FORMATS.values() for name in names if _is_filled(fields, name)}
     for names in (filled, set(fields)):
         for format, needed in FORMATS.items():
             if names.issuperset(needed):
                 return format
     return None
+
+
+def _is_filled(fields: Mapping[str, Any], name: str) -> bool:
+    try:
+        return fields.get(name) is not None
+    except Reject:  # it has a value, which cannot be read
+        return True
 
 
 def to_example(record: Record, format: str) -> Example:

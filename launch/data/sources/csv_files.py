@@ -4,45 +4,79 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from launch.common.errors import Reject
 from launch.common.messages import shortened
 from launch.common.strict_json import repeated
-from launch.data.records import DataError, Record
+from launch.data.records import DataError, Record, Records, Rejected
+from launch.data.sources.compression import DAMAGED, LONGEST_ROW, damaged, open_data
 
 UNCLOSED = "unexpected end of data"  # the csv module's message for an unclosed quote, and for nothing else
 
 
-def csv_rows(path: Path) -> Iterator[Record | tuple[str, Reject]]:
+def csv_rows(path: Path) -> Records:
     return _separated(path, ",")
 
 
-def tsv_rows(path: Path) -> Iterator[Record | tuple[str, Reject]]:
+def tsv_rows(path: Path) -> Records:
     return _separated(path, "\t")
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[Record | tuple[str, Reject]]:
-    # Bytes that are not UTF-8 become lone surrogates, so that only their own row is lost.
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    lines = list(io.StringIO(text, newline=""))
-    limit = csv.field_size_limit(len(text) + 1)
-    try:
+class TooLong(Exception):
+    """A row has more characters than are kept in memory."""
+
+
+class Lines:
+    """The lines of a file, as `csv.reader` takes them; `row` holds those that the present row has taken."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        # Bytes that are not UTF-8 become lone surrogates, so that only their own row is lost.
+        self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        self.before = 0  # lines that precede the present row
+        self.row: list[str] = []
+        self._size = 0
+
+    def start_row(self) -> None:
+        self.before += len(self.row)
+        self.row = []
+        self._size = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(LONGEST_ROW + 1)
+        if not line:
+            raise StopIteration
+        self._size += len(line)
+        self.row.append(line)
+        if self._size > LONGEST_ROW:
+            self.row[:] = [""] * len(self.row)
+            while line and not line.endswith(("\n", "\r")):
+                line = self._text.readline(LONGEST_ROW + 1)
+            raise TooLong
+        return line
+
+
+def _separated(path: Path, delimiter: str) -> Records:
+    with open_data(path) as file:
+        lines = Lines(file)
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         header = None
         while True:
-            first = rows.line_num
-            where = f"{path}:{first + 1}"
+            lines.start_row()
+            where = f"{path}:{lines.before + 1}"
             try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if str(error) == UNCLOSED:
-                    detail = _unclosed(lines[first:], first, delimiter)
-                else:
-                    detail = f"{error}, line {rows.line_num}: {_lost(rows.line_num - first)} with it"
-                yield where, Reject("broken CSV", detail)
+                row = _next(rows)
+            except (csv.Error, TooLong) as error:
+                yield Rejected.of(where, _broken(error, lines, delimiter))
                 continue
+            except DAMAGED as error:
+                yield Rejected.of(where, damaged(path, error))
+                return
+            if row is None:
+                return
             if not row:
                 continue
             if header is None:
@@ -51,9 +85,25 @@ def _separated(path: Path, delimiter: str) -> Iterator[Record | tuple[str, Rejec
             try:
                 yield Record(_fields(header, row), where)
             except Reject as reject:
-                yield where, reject
+                yield Rejected.of(where, reject)
+
+
+def _next(rows: Iterator[list[str]]) -> list[str] | None:
+    """Return the next row, None at the end. The limit on a field's length belongs to the whole process."""
+    limit = csv.field_size_limit(2 * LONGEST_ROW)
+    try:
+        return next(rows, None)
     finally:
         csv.field_size_limit(limit)
+
+
+def _broken(error: Exception, lines: Lines, delimiter: str) -> Reject:
+    lost = len(lines.row)
+    if isinstance(error, TooLong):
+        return Reject("row too long", f"more than {LONGEST_ROW >> 20} MiB: {_lost(lost)} with it")
+    if str(error) == UNCLOSED:
+        return Reject("broken CSV", _unclosed(lines.row, lines.before, delimiter))
+    return Reject("broken CSV", f"{error}, line {lines.before + lost}: {_lost(lost)} with it")
 
 
 def _unclosed(lines: list[str], before: int, delimiter: str) -> str:
@@ -83,6 +133,8 @@ def _fields(header: list[str], row: list[str]) -> dict[str, str]:
     for value in row:
         if "\0" in value:
             raise Reject("null bytes")
-        if any("\udc80" <= character <= "\udcff" for character in value):
-            raise Reject("not UTF-8")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise Reject("not UTF-8") from None
     return dict(zip(header, row, strict=True))

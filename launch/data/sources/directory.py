@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from launch.common.errors import Reject
 from launch.common.messages import one_line, shortened
-from launch.data.records import DataError, DropReport
+from launch.data.records import DataError, Note, Rejected
 
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by `datasets` beside its data
 TRAIN = "train"
@@ -22,14 +21,14 @@ Entries = dict[Path, str]  # each path with the reason why it is not read, "" if
 
 
 def files_of(
-    folder: Path, is_data: Callable[[Path], bool], report: DropReport, strict: bool, held_out: bool
-) -> list[Path]:
-    """List the data files under `folder` in sorted order; other files go into `report`, with why they are not read.
+    folder: Path, is_data: Callable[[Path], bool], held_out: bool
+) -> tuple[list[Path], list[Rejected | Note]]:
+    """List the data files under `folder` in sorted order, and what to report of the other files.
 
     Hidden files, and those that obviously describe the data, are skipped. Where some files are named train and others
-    test, only one kind is read: train, or test with `held_out`; the report names the files left out.
+    test, only one kind is read: train, or test with `held_out`; a note names the files left out.
 
-    Raises DataError if there is nothing to read, or when `strict` for the first unusable file.
+    Raises DataError if there is nothing to read.
     """
     entries = _entries(folder, is_data)
     left_out = _left_out(entries, folder, held_out)
@@ -42,11 +41,9 @@ def files_of(
             f"{folder} was expected to hold data files (JSONL, JSON, Parquet, CSV, TSV), but it holds none"
             + (f" ({more})." if more else ".")
         )
-    if left_out:
-        report.left_out.append(_left_out_note(folder, left_out, held_out))
-    for path, why in unread.items():
-        report.add(f"{path}:1", Reject("unread file", why, whole_file=True), strict)
-    return files
+    others: list[Rejected | Note] = [Note(_left_out_note(folder, left_out, held_out))] if left_out else []
+    others += [Rejected(f"{path}:1", "unread file", why, whole_file=True) for path, why in unread.items()]
+    return files, others
 
 
 def _entries(folder: Path, is_data: Callable[[Path], bool]) -> Entries:

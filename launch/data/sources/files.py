@@ -1,34 +1,67 @@
 """Reading of records from a source: a file with the reader for its type, a directory of files, or a hub name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from launch.common.errors import Reject
-from launch.data.records import DataError, DropReport, Record
+from launch.data.records import DataError, DropReport, Note, Record, Records, Rejected
+from launch.data.sources.compression import GZIP_MAGIC
 from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
-from launch.data.sources.hub import read_hub
-from launch.data.sources.json_files import GZIP_MAGIC, json_lines, json_list
+from launch.data.sources.fingerprint import fingerprint_of_files
+from launch.data.sources.hub import hub_rows, load_hub
+from launch.data.sources.json_files import json_lines, json_list
 from launch.data.sources.parquet_files import parquet_rows
 
-# yields a record for each row; for an unusable row, its file:line and the reason
-Reader = Callable[[Path], Iterator[Record | tuple[str, Reject]]]
+Reader = Callable[[Path], Records]
 BINARY_MAGIC = (b"\x89PNG", b"PK\x03\x04", b"\x7fELF", b"%PDF", b"\xff\xd8\xff", b"\x80\x02", b"\x80\x04")
 TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
 
 
-def read_records(source: str, report: DropReport, strict: bool = False, held_out: bool = False) -> list[Record]:
-    """Read the records of a file, a directory of files, or a hub data set (`name:split`, `name:config:split`).
+def iter_records(source: str, held_out: bool = False) -> Records:
+    """Yield the rows of a file, a directory of files, or a hub data set (`name:split`, `name:config:split`).
 
-    Bad rows go into `report`, and so do files of a directory that are not read. `held_out`: these records are for
-    evaluation. Raises DataError for a source without records, or when `strict` for the first bad row.
+    Never more than a batch of them is in memory. Rows and files that cannot be used are yielded as Rejected, and what
+    to tell the user about the rest as Note. `held_out`: these records are for evaluation.
+
+    Raises DataError for a source that does not exist, and on the way for one that holds no rows or cannot be read.
     """
     path = _as_path(source)
     if path is None:
-        return read_hub(source)
+        return _at_least_one(source, hub_rows(source))
     if path.is_dir():
-        return _read_directory(path, report, strict, held_out)
-    return _read_file(path, report, strict)
+        return _directory_rows(path, held_out)
+    return _file_rows(path)
+
+
+def read_records(source: str, report: DropReport, strict: bool = False, held_out: bool = False) -> list[Record]:
+    """Return the records of `iter_records` as a list; the rest goes into `report`.
+
+    Raises DataError as `iter_records` does, and when `strict` for the first bad row or file.
+    """
+    records = []
+    for row in iter_records(source, held_out):
+        if isinstance(row, Record):
+            records.append(row)
+        elif isinstance(row, Note):
+            report.left_out.append(row.text)
+        else:
+            report.add(row.where, Reject(row.reason, row.detail, row.whole_file), strict)
+    return records
+
+
+def source_fingerprint(source: str, held_out: bool = False) -> str:
+    """Return a hash of what `iter_records` would read: the names and contents of the files, or the hub data set.
+
+    Raises DataError if the source does not exist, or one of its files cannot be read.
+    """
+    path = _as_path(source)
+    if path is None:
+        return load_hub(source)._fingerprint
+    if not path.is_dir():
+        return fingerprint_of_files([(path.name, path)])
+    files, _ = files_of(path, _is_data, held_out)
+    return fingerprint_of_files((file.relative_to(path).as_posix(), file) for file in files)
 
 
 def _as_path(source: str) -> Path | None:
@@ -54,25 +87,28 @@ def _reader(path: Path) -> Reader | None:
     return READERS.get(path.suffix.lower())
 
 
-def _read_file(path: Path, report: DropReport, strict: bool) -> list[Record]:
+def _is_data(path: Path) -> bool:
+    return _reader(path) is not None
+
+
+def _file_rows(path: Path) -> Records:
     reader = _reader(path)
     if reader is None:
         raise DataError(f"{path}: expected {', '.join(READERS)} or .jsonl.gz; rename or convert it.")
     try:
         _refuse_binary(path)
-        records = []
-        rows = 0
-        for row in reader(path):
-            rows += 1
-            if isinstance(row, Record):
-                records.append(row)
-            else:
-                report.add(*row, strict)
+        yield from _at_least_one(path, reader(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if not rows:
-        raise DataError(f"{path} was expected to hold records, but it holds none.")
-    return records
+
+
+def _at_least_one(source: str | Path, rows: Records) -> Records:
+    found = False
+    for row in rows:
+        found = found or not isinstance(row, Note)
+        yield row
+    if not found:
+        raise DataError(f"{source} was expected to hold records, but it holds none.")
 
 
 def _refuse_binary(path: Path) -> None:
@@ -94,18 +130,20 @@ def _refuse_binary(path: Path) -> None:
         raise DataError(f"{path} was expected to be UTF-8 text, but it is binary or UTF-16; convert it.")
 
 
-def _read_directory(folder: Path, report: DropReport, strict: bool, held_out: bool) -> list[Record]:
-    """Read all data files under `folder` in sorted order; an unusable file is rejected unless it is the only one."""
-    files = files_of(folder, lambda path: _reader(path) is not None, report, strict, held_out)
-    records = []
+def _directory_rows(folder: Path, held_out: bool) -> Records:
+    """Yield the rows of all data files under `folder` in sorted order.
+
+    An unusable file is rejected unless it is the only one.
+    """
+    files, others = files_of(folder, _is_data, held_out)
+    yield from others
     for file in files:
         try:
-            records += _read_file(file, report, strict)
+            yield from _file_rows(file)
         except DataError as error:
-            if strict or len(files) == 1:
+            if len(files) == 1:
                 raise
-            report.add(f"{file}:1", Reject("unusable file", str(error), whole_file=True))
-    return records
+            yield Rejected(f"{file}:1", "unusable file", str(error), whole_file=True)
 
 
 READERS: dict[str, Reader] = {

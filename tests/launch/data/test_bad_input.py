@@ -3,11 +3,13 @@
 import gzip
 import json
 import os
+import pickle
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from launch.common.errors import Reject
 from launch.data.encode import EncodedData, encode_examples
 from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport
@@ -238,6 +240,8 @@ JSON_LISTS = {
     "a missing comma": (b'[\n{"a": 1},\n{"a": 2}\n{"a": 3}]', [2], 3),
     "cut": (b'[\n{"a": 1},\n{"a": ', [2], 3),
     "more after the list": (b'[\n{"a": 1}\n] x', [2], 3),
+    "not UTF-8 in one item": (b'[\n{"a": 1},\n{"a": "\xff"},\n{"a": 3}]', [2, 4], 3),
+    "an item over lines": (b'[\n{"a": 1},\n{"a":\n2,\n"a": 2},{"a": 3},\n{"a":\n3}]', [2, 5, 6], 3),
 }
 
 
@@ -314,12 +318,51 @@ def test_a_file_name_that_is_not_utf8(tmp_path, tokenizer):
     assert data.train["where"][0].endswith(r"bad\udcff.jsonl:1")
 
 
-@pytest.mark.parametrize("kind", [pyarrow.date32(), pyarrow.timestamp("ms"), pyarrow.duration("s")], ids=str)
-def test_parquet_with_a_time_past_all_calendars(tmp_path, tokenizer, kind):
-    path = tmp_path / "a.parquet"
+def past_all_calendars(kind) -> pyarrow.Array:
     days = kind == pyarrow.date32()
-    wild = pyarrow.array([2**31 - 1 if days else 2**62], pyarrow.int32() if days else pyarrow.int64()).view(kind)
-    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": wild})
-    pyarrow.parquet.write_table(table, path)
-    with pytest.raises(DataError, match="cannot be read"):
-        load(str(path), tokenizer)
+    return pyarrow.array([0, 2**31 - 1 if days else 2**62], pyarrow.int32() if days else pyarrow.int64()).view(kind)
+
+
+TIMES = [pyarrow.date32(), pyarrow.timestamp("ms"), pyarrow.duration("s")]
+
+
+@pytest.mark.parametrize("kind", TIMES, ids=str)
+def test_a_column_that_python_cannot_hold_costs_nothing_unless_it_is_used(tmp_path, tokenizer, kind):
+    path = tmp_path / "a.parquet"
+    table = {"prompt": ["a", "c"], "completion": ["b", "d"], "when": past_all_calendars(kind)}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    assert load(str(path), tokenizer, strict=True).train["where"][:] == [f"{path}:1", f"{path}:2"]
+    first, second = read_records(str(path), DropReport())
+    first.fields["when"]
+    for record in (second, pickle.loads(pickle.dumps(second))):
+        assert set(record.fields) == set(table) and record.fields["completion"] == "d"
+        with pytest.raises(Reject, match="when cannot be read"):
+            record.fields["when"]
+
+
+@pytest.mark.parametrize("kind", TIMES, ids=str)
+def test_a_value_that_python_cannot_hold_loses_its_row_where_it_is_used(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    table = {"prompt": ["a", "c"], "completion": past_all_calendars(kind)}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    with pytest.raises(DataError, match=r"1 x completion cannot be read: .*a\.parquet:2"):
+        read_examples(str(path))
+
+
+def test_damage_inside_parquet_loses_the_rest_of_its_row_group(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"prompt": str(number * 7919), "completion": str(number)} for number in range(30)]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), path, row_group_size=10, use_dictionary=False, compression="gzip"
+    )
+    with pyarrow.parquet.ParquetFile(path) as file:
+        at = file.metadata.row_group(1).column(1).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[at : at + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    report = DropReport()
+    records = read_records(str(path), report)
+    assert [record.fields["completion"] for record in records] == [str(n) for n in (*range(10), *range(20, 30))]
+    assert records[-1].where == f"{path}:30"
+    (rejected,) = report.rejections
+    assert rejected.where == f"{path}:11" and rejected.reason == "damaged Parquet, the rest of this row group is lost"

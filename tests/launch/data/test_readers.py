@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -14,8 +15,9 @@ from launch.common.errors import Reject
 from launch.data.examples.formats import detect_format, to_example
 from launch.data.examples.kinds import ChatExample, PairExample, TextExample, TokenExample
 from launch.data.read import read_examples
-from launch.data.records import DataError, DropReport, Record
-from launch.data.sources.files import read_records
+from launch.data.records import DataError, DropReport, Record, Rejected
+from launch.data.sources import json_files
+from launch.data.sources.files import iter_records, read_records, source_fingerprint
 
 ROWS = [
     {"question": "two\nlines, and a comma", "answer": 'a "quote"'},
@@ -55,6 +57,88 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path, name):
     assert [record.fields for record in records] == ROWS
     assert not len(report)
     assert records[0].where.startswith(f"{path}:")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_not_held_in_memory(tmp_path, name):
+    path = write(tmp_path / name, [{"question": f"{number:0100}", "answer": "b" * 1000} for number in range(10_000)])
+    tracemalloc.start()
+    arrow = pyarrow.total_allocated_bytes()
+    try:
+        for number, record in enumerate(iter_records(str(path))):
+            assert int(record.fields["question"]) == number
+            assert pyarrow.total_allocated_bytes() - arrow < 4e6
+        assert number == 9_999 and tracemalloc.get_traced_memory()[1] < 8e6  # of 11 MB and more
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 64, 2**20])
+def test_a_json_list_is_the_same_through_any_window(tmp_path, monkeypatch, chunk):
+    items = [*ROWS, 12, 345, {}, {"a": [1, {"b": "]},{["}]}, *ROWS]
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(items, indent=2, ensure_ascii=False).encode())
+    lines = json.dumps(items, indent=2).splitlines()
+    starts = [number for number, line in enumerate(lines, start=2) if line[:2] == "  " and line[2] not in " }"]
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
+    rows = list(iter_records(str(path)))
+    assert [row.where for row in rows] == [f"{path}:{line}" for line in starts]
+    assert [row.detail if isinstance(row, Rejected) else row.fields for row in rows] == [
+        "int" if isinstance(item, int) else item for item in items
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+def test_what_is_broken_in_a_json_list_is_at_its_column(tmp_path, monkeypatch, chunk):
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, {"a": 2}, {"a": oh}, {"a": 3}]')
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
+    *_, last = iter_records(str(path))
+    assert last.detail == "broken JSON (Expecting value, column 28)"
+
+
+def test_keys_that_arrow_filled_with_null_are_absent_at_every_depth(tmp_path):
+    call = {"name": "f", "arguments": {"x": 1}}
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "calls": [call, {"name": "g"}]}],
+            "n": None,
+        },
+        {"messages": [{"role": "tool", "content": "b"}], "n": {"deep": [{"a": 1}, {"b": None}, None]}},
+        {"messages": None, "n": None},
+    ]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    rows[1]["n"]["deep"][1] = {}
+    assert [dict(record.fields) for record in read_records(str(path), DropReport())] == rows
+
+
+def test_a_fingerprint_tells_what_would_be_read(tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", ROWS[:1])
+    (tmp_path / "notes.txt").write_text("a")
+    source = str(tmp_path)
+    first, held_out = source_fingerprint(source), source_fingerprint(source, held_out=True)
+    assert first != held_out
+    (tmp_path / "notes.txt").write_text("b")
+    write(tmp_path / "test.jsonl", ROWS[:2])
+    assert source_fingerprint(source) == first and source_fingerprint(source, held_out=True) != held_out
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "train.jsonl").rename(tmp_path / "sub" / "train.jsonl")
+    assert source_fingerprint(source) != first
+    (tmp_path / "sub" / "train.jsonl").rename(tmp_path / "train.jsonl")
+    assert source_fingerprint(source) == first
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+    moved = []
+    for cut in (1, 2):  # the same bytes in the same files, but not divided alike
+        content = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+        (tmp_path / "a" / "train.jsonl").write_bytes(content[:cut])
+        (tmp_path / "b" / "train.jsonl").write_bytes(content[cut:])
+        moved.append(source_fingerprint(source))
+    assert moved[0] != moved[1]
+    with pytest.raises(DataError, match="does not exist"):
+        source_fingerprint(str(tmp_path / "missing.jsonl"))
 
 
 def test_gzip_is_known_by_its_content(tmp_path):
