@@ -1,5 +1,6 @@
 """From a run's options to its `TrainingArguments` and its Trainer."""
 
+import datasets
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from launch.config.training_arguments import SftTrainingArguments, check_loss_sc
 from launch.data.batches import PadToLongest
 from launch.data.blank_rows import fill_to_multiple
 from launch.data.encode import EncodedData
-from launch.data.sampler import GroupedByLength
+from launch.data.sampler import EpochSampler, grouped_by_length, in_order, shuffled
 from launch.model.load import load_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, start_alone, world_size
@@ -60,6 +61,17 @@ def check_arguments(args: SftTrainingArguments) -> None:
             "--accelerator_config use_seedable_sampler=false is not supported: a resumed run would read different "
             "rows"
         )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name):
+            raise UserError(
+                f"--accelerator_config {name}=true is not supported: every rank reads its own micro-batches, of "
+                "--per_device_train_batch_size rows"
+            )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise UserError(
+            "--train_sampling_strategy batch_rebalance is not supported: its order depends on the number of ranks, "
+            "and it knows no --tp; use group_by_length"
+        )
     if args.use_cpu and uses_gpu():
         raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
     if args.fp16 and not get_accelerator().is_fp16_supported():
@@ -88,12 +100,13 @@ def make_trainer(
         if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
             raise UserError("the best checkpoint is chosen by held-out rows, and there are none; give --eval_data")
         args.eval_strategy, args.eval_on_start, heldout = "no", False, None
+    train, sampler = train_split(args, data.train, facts["rows_a_step"], data_parallel, tokenizer.eos_token_id)
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     trainer = SftTrainer(
         model=load_model(options, tokenizer, dtype, args.seed),
         args=args,
-        train_dataset=data.train,
+        train_dataset=train,
         eval_dataset=heldout,
         data_collator=PadToLongest(tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -102,18 +115,29 @@ def make_trainer(
         milestones=Milestones(StopOnSignal()),
         facts=facts,
         keep=keep,
-        sampler=train_sampler(args, data, facts["rows_a_step"]),
+        sampler=sampler,
     )
     add_callbacks(trainer, options, starting)
     return trainer
 
 
-def train_sampler(args: SftTrainingArguments, data: EncodedData, rows_a_step: int) -> GroupedByLength | None:
-    """Make the sampler that Trainer is to use instead of its own, if any."""
-    if args.train_sampling_strategy != "group_by_length":
-        return None
+def train_split(
+    args: SftTrainingArguments, rows: datasets.Dataset, rows_a_step: int, data_parallel: int, token_id: int
+) -> tuple[datasets.Dataset, EpochSampler]:
+    """Return the rows to train on, with blank rows at their end, and the order in which an epoch takes them.
+
+    Each row is taken once an epoch, in the same step whatever the number of ranks. With --dataloader_drop_last the
+    rows that would not fill an epoch's last step are left out, and no blank rows are needed.
+    """
+    if args.train_sampling_strategy == "group_by_length":
+        order = grouped_by_length([len(ids) for ids in rows["input_ids"]], rows_a_step)
+    else:
+        order = in_order(len(rows)) if args.train_sampling_strategy == "sequential" else shuffled(len(rows))
     seed = args.seed if args.data_seed is None else args.data_seed
-    return GroupedByLength(rows_a_step, [len(ids) for ids in data.train["input_ids"]], seed)
+    if args.dataloader_drop_last:
+        return rows, EpochSampler(order, len(rows) - len(rows) % rows_a_step, range(0), seed)
+    filled = fill_to_multiple(rows, data_parallel * args.per_device_train_batch_size, token_id)
+    return filled, EpochSampler(order, len(rows), range(len(rows), len(filled)), seed)
 
 
 def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErrors) -> None:
@@ -129,7 +153,7 @@ def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErr
         Progress(),
         MetricsFile(),
         ResolvedDeepSpeed(),
-        *([SamplerEpoch(trainer.sampler)] if isinstance(trainer.sampler, GroupedByLength) else []),
+        *([SamplerEpoch(trainer.sampler)] if isinstance(trainer.sampler, EpochSampler) else []),
         trainer.milestones,
     ]
     for callback in callbacks:

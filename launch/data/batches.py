@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from launch.data.blank_rows import BLANK
 from launch.data.examples.rows import IGNORED
 
 
@@ -13,8 +14,9 @@ from launch.data.examples.rows import IGNORED
 class PadToLongest:
     """Pads on the right to the longest row, rounded up to a multiple; columns [rows, length], int64, and `where`.
 
-    `label_tokens` is the number of positions whose next token has a label, counted here to avoid a synchronisation
-    with the device. Raises ValueError for no rows, or a row whose labels are not as long as its input_ids.
+    Counted here to avoid a synchronisation with the device: `label_tokens`, the positions whose next token has a
+    label, and `tokens`, all but padding and blank rows. Raises ValueError for no rows, or a row whose labels are not
+    as long as its input_ids.
     """
 
     pad_token_id: int
@@ -35,10 +37,12 @@ class PadToLongest:
             labels[index, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
             attention_mask[index, :length] = 1
         where = [row.get("where", "") for row in rows]
+        tokens = sum(length for length, name in zip(lengths, where, strict=True) if name != BLANK)
         return {
             "input_ids": input_ids,
             "labels": labels,
             "attention_mask": attention_mask,
             "label_tokens": int((labels[:, 1:] != IGNORED).sum()),
+            "tokens": tokens,
             "where": where,
         }

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainerCallback
 
 from launch.common.library_patches import follow_this_schedule, keep_fp32_grad_norm, place_step_counts
 from launch.common.paths import CHECKPOINT
-from launch.data.sampler import GroupedByLength
+from launch.data.sampler import EpochSampler
 from launch.process.ranks import from_main
 
 
@@ -35,7 +35,7 @@ class EngineReady(TrainerCallback):
 class SamplerEpoch(TrainerCallback):
     """Tells a sampler which epoch begins: Trainer does not reach it through what skips batches on several ranks."""
 
-    def __init__(self, sampler: GroupedByLength):
+    def __init__(self, sampler: EpochSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):

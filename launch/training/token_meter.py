@@ -12,11 +12,11 @@ class TokenMeter:
     def __init__(self):
         self.sums: torch.Tensor | None = None  # over label tokens: nll, correct, count
         self._before: torch.Tensor | None = None
-        self._tokens: torch.Tensor | int = 0  # including prompts
+        self._tokens = 0  # including prompts
 
-    def note(self, attention_mask: torch.Tensor) -> None:
+    def note(self, tokens: int) -> None:
         """Count the tokens that the model is about to read."""
-        self._tokens = self._tokens + attention_mask.sum()
+        self._tokens += tokens
 
     def keep(self) -> None:
         """Make what was added until now permanent."""

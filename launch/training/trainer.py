@@ -80,7 +80,7 @@ class SftTrainer(TrainerWithHooks):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.train_meter.note(inputs["attention_mask"])
+        self.train_meter.note(inputs["tokens"])
         self._take_unused(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -94,8 +94,9 @@ class SftTrainer(TrainerWithHooks):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _take_unused(self, inputs: dict) -> None:
-        """Remove from a batch what the model does not need: where its rows come from, and an unneeded mask."""
+        """Remove from a batch what the model does not need: counts, where its rows come from, an unneeded mask."""
         self._where = inputs.pop("where", [])
+        inputs.pop("tokens", None)
         if self._padding_is_unseen:
             del inputs["attention_mask"]
 

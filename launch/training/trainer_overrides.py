@@ -30,8 +30,9 @@ class TrainerWithHooks(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         """Use `sampler`, if there is one.
 
-        Trainer's own for --train_sampling_strategy group_by_length draws from the process's random generator, which
-        is in another state after a resume and on other ranks. `get_train_dataloader` is public, but to override it
+        Trainer's own repeats rows where they do not divide over the ranks, and for --train_sampling_strategy
+        group_by_length draws from the process's random generator, which is in another state after a resume and on
+        other ranks. `get_train_dataloader` is public, but to override it
         would be to copy the private `_get_dataloader`. Upstream: huggingface/transformers#48025 fixed the same for
         evaluations. Test: `test_trainers_sampler_draws_from_the_global_generator`.
         """

@@ -1,4 +1,4 @@
-"""Runs that die: a killed rank, signals, a rank that raises or stands still. No process is left over, nothing is lost.
+"""Runs that die: a killed rank, signals, a rank that raises or stands still. No process is left, nothing is lost.
 
 What a launcher does to its ranks, and what happens before they are imported, is tried with deepspeed's own launcher
 (`Launch`); what the ranks do themselves, with forked ones (`ForkedLaunch`). `make torture` kills fifty times, at
@@ -188,9 +188,7 @@ def test_a_rank_that_raises(folder):
 
 def test_a_rank_without_memory(folder):
     said = raising(folder, "memory", "training_step", "torch.OutOfMemoryError('Tried to allocate 2 GiB')")
-    assert (
-        "error: rank 1 has no memory left (Tried to allocate 2 GiB); to use less: a smaller --per_device" in said
-    )
+    assert "error: rank 1 has no memory left (Tried to allocate 2 GiB); to use less: a smaller --per_device" in said
     assert "Traceback" not in said
 
 

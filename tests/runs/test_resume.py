@@ -231,10 +231,18 @@ def test_a_best_checkpoint_that_nothing_could_tell_is_refused(runs):
     assert "--save_strategy best needs evaluations" in said and "Traceback" not in said
 
 
-def test_a_sampler_that_would_take_other_rows_is_refused(runs):
-    given = {"accelerator_config": '{"use_seedable_sampler": false}'}
-    said = launch_many(runs, 1, [command(runs, ALONE, "unseeded", **given)], code=2)
-    assert "use_seedable_sampler=false is not supported" in said and "Traceback" not in said
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("accelerator_config", '{"use_seedable_sampler": false}', "use_seedable_sampler=false is not supported"),
+        ("accelerator_config", '{"split_batches": true}', "split_batches=true is not supported"),
+        ("accelerator_config", '{"dispatch_batches": true}', "dispatch_batches=true is not supported"),
+        ("train_sampling_strategy", "batch_rebalance", "batch_rebalance is not supported"),
+    ],
+)
+def test_a_sampler_that_would_take_other_rows_is_refused(runs, flag, value, words):
+    said = launch_many(runs, 1, [command(runs, ALONE, "unseeded", **{flag: value})], code=2)
+    assert words in said and "Traceback" not in said
 
 
 def test_a_loss_scale_that_nothing_is_multiplied_with_is_refused(runs):

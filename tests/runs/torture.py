@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.support.launches import LAYOUTS, Launch, prepare, weights
 
+
 def moment(launch: Launch, draw: random.Random, seconds: float) -> str:
     """Wait for a moment to kill at; what it was."""
     kind = draw.choice(["any", "any", "step", "saving", "exporting"])

@@ -169,16 +169,18 @@ def test_collator_pads_on_the_right_to_a_multiple():
     rows = [
         {"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "where": "a:1"},
         {"input_ids": [1], "labels": [1], "where": "a:2"},
+        {"input_ids": [2, 2], "labels": [-100, -100], "where": "blank"},
     ]
     batch = PadToLongest(pad_token_id=3, multiple_of=4)(rows)
-    assert batch.pop("where") == ["a:1", "a:2"]
+    assert batch.pop("where") == ["a:1", "a:2", "blank"]
+    assert batch.pop("tokens") == 4
     assert batch.pop("label_tokens") == 2  # the first position of a row is predicted by nobody
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
         ("input_ids", "labels", "attention_mask"), torch.int64
     )
-    assert batch["input_ids"].tolist() == [[1, 5, 6, 3], [1, 3, 3, 3]]
-    assert batch["labels"].tolist() == [[-100, 5, 6, -100], [1, -100, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 3], [1, 3, 3, 3], [2, 2, 3, 3]]
+    assert batch["labels"].tolist() == [[-100, 5, 6, -100], [1, -100, -100, -100], [-100] * 4]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(("multiple_of", "longest"), [(1, 8), (4, 8), (8, 8), (3, 9)])
