@@ -49,5 +49,13 @@ def alive(pid: int, started: int | None = None) -> bool:
     return stat[STATE] not in "ZX" and started in (None, int(stat[START_TIME]))
 
 
+def stopped(pid: int, started: int | None = None) -> bool:
+    """Return whether this process of this machine is stopped, as by SIGSTOP or Ctrl-Z."""
+    with suppress(OSError):
+        stat = _stat(pid)
+        return stat[STATE] == "T" and started in (None, int(stat[START_TIME]))
+    return False
+
+
 def _stat(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -5,40 +5,52 @@ notice.
 """
 
 import os
-import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback
 
 from launch.process.device import uses_gpu
-from launch.process.identity import ProcessIdentity, alive, this_process
+from launch.process.identity import ProcessIdentity, alive, stopped, this_process
 from launch.process.network import wait_longer_than
 from launch.process.ranks import on_all_ranks, rank, world_size
+from launch.process.roll_call import Answer, RollCall, store_address
 
 LOOK_SECONDS = 1.0
-ANSWER_SECONDS = 5.0
-STORAGE_PATIENCE = 6  # times as long while waiting for storage
+STORAGE_PATIENCE = 6  # times as long while a rank waits for storage
+NOTICED_SECONDS = 3  # in which a launcher takes this process's exit code
 # torch's, and this project's own
 COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py", "collectives.py")
 # between a collective and its caller
 WRAPPERS = ("torch/", "smoothing/core/collectives.py", "deepspeed/comm/", "deepspeed/utils/", "typing_extensions.py")
 
 
+class Beat(NamedTuple):
+    """What this rank does since when, and whether that waits for storage."""
+
+    doing: str
+    storage: bool
+    since: float
+
+    def waited(self) -> float:
+        return time.monotonic() - self.since
+
+
 class Watchdog(TrainerCallback):
     """Watches while entered, and ends the process with `code` when a rank is lost.
 
-    While it watches, collectives wait longer than it does, so that its report comes first.
+    A rank that has made no progress for `limit` asks the others, and again every `limit`. If one is silent or no
+    one is at its storage, the run stops; storage gets `STORAGE_PATIENCE` times as long. While it watches, collectives
+    wait longer than it does, so that its report comes first.
 
     Args:
-        limit: Seconds without progress on this rank after which the run stops; 0 for never.
+        limit: Seconds without progress on this rank after which it asks; 0 for never.
         code: The exit code.
 
     Collectives:
@@ -49,26 +61,23 @@ class Watchdog(TrainerCallback):
         self.limit, self.code = limit, code
         self._main = threading.main_thread().ident
         self._over = threading.Event()
-        self._first_to_ask = True  # until the store answers; the store itself may be lost
+        self._roll = RollCall(self._own_answer)
         self.beat("starting", storage=True)
 
     def beat(self, doing: str, storage: bool = False) -> None:
         """Note that this rank makes progress: what it does next, and whether that waits for storage."""
-        self._doing, self._since = doing, time.monotonic()
-        self._patience = self.limit * (STORAGE_PATIENCE if storage else 1)
+        self._beat = Beat(doing, storage, time.monotonic())
 
     def __enter__(self) -> "Watchdog":
         wait_longer_than(STORAGE_PATIENCE * self.limit)
         self._peers = peers(on_all_ranks(this_process), rank())
-        self._store = self._own_store()
-        self._answering = threading.Thread(target=self._answer, args=(self._own_store(),), daemon=True)
-        self._answering.start()
+        self._roll.__enter__()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         self._over.set()
-        self._answering.join(ANSWER_SECONDS)  # Python must not end while it is in the store's C++: that aborts
+        self._roll.__exit__()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.beat(f"step {state.global_step + 1}")
@@ -86,64 +95,83 @@ class Watchdog(TrainerCallback):
         self.beat(f"the end of step {state.global_step}")
 
     def _watch(self) -> None:
-        missed: set[int] = set()
+        gone_before: set[int] = set()
+        silent_before: set[int] = set()
+        beat, patience = self._beat, self.limit
         while not self._over.wait(LOOK_SECONDS):
             gone = {r for r, peer in self._peers.items() if not alive(peer.pid, peer.started)}
-            if lost := gone & missed:  # seen twice, so that ranks which exit together do not report one another
+            if lost := gone & gone_before:  # seen twice, so that ranks which exit together do not report one another
                 if rank() == min({rank(), *self._peers} - lost):
-                    self._say(f"rank(s) {sorted(lost)} are gone during {self._doing}")
+                    self._say(f"rank(s) {sorted(lost)} are gone during {beat.doing}")
                 os._exit(self.code)
-            missed = gone
-            if self.limit and time.monotonic() - self._since > self._patience:
-                self._stalled()
+            gone_before = gone
+            if self._beat is not beat:
+                beat, patience, silent_before = self._beat, self.limit, set()
+            if not self.limit or beat.waited() <= patience:
+                continue
+            answers = self._roll.ask()
+            silent = set(range(world_size())) - (answers or {}).keys()
+            if self._beat is not beat:
+                continue
+            if answers is None:
+                self._stop_cut_off(beat)
+            elif silent & silent_before or not (silent or self._waits_for_storage(beat, answers)):
+                self._stop_stalled(beat, answers)
+            elif not silent:
+                patience += self.limit
+            silent_before = silent  # asked twice: a rank may be kept from answering for a moment
 
-    def _stalled(self) -> None:
-        here = describe_thread(sys._current_frames().get(self._main))
-        answers = {rank(): here}
-        if self._store is not None:
-            asking = threading.Thread(target=self._ask, args=(here, answers), daemon=True)
-            asking.start()
-            asking.join(2 * ANSWER_SECONDS)
-        if self._first_to_ask:
-            silent = "does not answer: stopped, or its node is lost"
-            waits = "".join(f"\n  rank {other} {answers.get(other, silent)}" for other in range(world_size()))
-            waited = time.monotonic() - self._since
-            self._say(f"no progress for {waited:.0f} s (--stall_timeout) during {self._doing}:{waits}")
-            self._kill(peer for other, peer in self._peers.items() if other not in answers)
+    def _own_answer(self) -> Answer:
+        return Answer(describe_thread(sys._current_frames().get(self._main)), self._beat.storage)
+
+    def _waits_for_storage(self, beat: Beat, answers: dict[int, Answer]) -> bool:
+        """Return whether some rank is at its storage, which may still take a while."""
+        return any(answer.storage for answer in answers.values()) and beat.waited() <= STORAGE_PATIENCE * self.limit
+
+    def _stop_stalled(self, beat: Beat, answers: dict[int, Answer]) -> None:
+        """Report where each rank is, once for all ranks, and end this process."""
+        if self._roll.speaks_for_all():
+            waits = [answers[r].place if r in answers else self._silence(r) for r in range(world_size())]
+            lines = "".join(f"\n  rank {other} {place}" for other, place in enumerate(waits))
+            self._say(f"no progress for {beat.waited():.0f} s (--stall_timeout) during {beat.doing}:{lines}")
+            self._end_stopped(self._peers.values())
         os._exit(self.code)
 
+    def _stop_cut_off(self, beat: Beat) -> None:
+        """Report that the store of the ranks is lost, and end this process. Neighbours that run find that out too."""
+        halted = [other for other, peer in self._peers.items() if stopped(peer.pid, peer.started)]
+        if 0 in halted:
+            cause = "rank 0, whose process keeps the store, is stopped"
+        elif rank() == 0 or 0 in self._peers:
+            cause = "rank 0's process, which keeps it on this machine, hangs"
+        else:
+            cause = "the link from this machine to rank 0's is lost, or rank 0 is"
+        lines = "".join(f"\n  rank {other} {self._silence(other)}" for other in halted)
+        self._say(
+            f"rank {rank()} on {socket.gethostname()}: no progress for {beat.waited():.0f} s (--stall_timeout) "
+            f"during {beat.doing}, and the store of the ranks at {store_address()} does not answer: {cause}\n"
+            f"  rank {rank()} {self._own_answer().place}{lines}"
+        )
+        self._end_stopped(self._peers.values())
+        os._exit(self.code)
+
+    def _silence(self, other: int) -> str:
+        peer = self._peers.get(other)
+        if peer is None:
+            return "does not answer: stopped, or its node or the link to it is lost"
+        reason = "stopped" if stopped(peer.pid, peer.started) else "it hangs"
+        return f"does not answer: {reason} (process {peer.pid} of this machine)"
+
     @staticmethod
-    def _kill(silent: Iterable[ProcessIdentity]) -> None:
-        """End ranks of this machine that do not answer; they would ignore the launcher's SIGTERM for 30 seconds."""
-        for peer in silent:
-            if alive(peer.pid, peer.started):
-                with suppress(ProcessLookupError):
-                    os.kill(peer.pid, signal.SIGKILL)
+    def _end_stopped(processes: Iterable[ProcessIdentity]) -> None:
+        """Have those of these processes killed that are stopped: they would ignore the launcher's SIGTERM for 30 s.
 
-    def _own_store(self) -> dist.Store | None:
-        """Return a connection to the store of the ranks, for one thread; None if there is only one rank."""
-        if not dist.is_initialized() or world_size() == 1:
-            return None
-        return dist.PrefixStore("watchdog", _get_default_store().clone())  # type: ignore[attr-defined]
-
-    def _answer(self, store: dist.Store | None) -> None:
-        """Report where this rank is once another asks. In a thread of its own, since the store may block."""
-        with suppress(RuntimeError):
-            while not self._over.wait(LOOK_SECONDS):
-                if store is not None and store.check(["asking"]):
-                    store.set(str(rank()), describe_thread(sys._current_frames().get(self._main)))
-                    return
-
-    def _ask(self, here: str, answers: dict[int, str]) -> None:
-        self._store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
-        self._first_to_ask = self._store.add("asking", 1) == 1
-        self._store.set(str(rank()), here)
-        until = time.monotonic() + ANSWER_SECONDS
-        while time.monotonic() < until and len(answers) < world_size():
-            for other in set(range(world_size())) - answers.keys():
-                if self._store.check([str(other)]):
-                    answers[other] = self._store.get(str(other)).decode()
-            time.sleep(0.1)
+        Not before the launcher has seen this process's exit code, which it makes its own.
+        """
+        for peer in processes:
+            if stopped(peer.pid, peer.started):
+                words = f"sleep {NOTICED_SECONDS}; kill -KILL {peer.pid}"
+                subprocess.Popen(["sh", "-c", words], stderr=subprocess.DEVNULL, start_new_session=True)
 
     @staticmethod
     def _say(text: str) -> None:

@@ -161,6 +161,7 @@ def test_a_rank_that_stands_still_is_named(folder):
     said = strike(launch, 3, lambda launch: launch.ranks()[1].send_signal(signal.SIGSTOP))
     assert "no progress for" in said and "rank 1 does not answer: stopped" in said
     assert "rank 0 waits in all_" in said or "rank 0 waits in _all_" in said
+    assert launch.launcher.returncode == 1
 
 
 def failing(launch: Launch) -> str:

@@ -2,14 +2,15 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from launch.process.identity import ProcessIdentity, alive, machine, start_time, this_process
-from launch.process.watchdog import Watchdog, peers
+from launch.process.identity import ProcessIdentity, alive, machine, start_time, stopped, this_process
+from launch.process.watchdog import NOTICED_SECONDS, Watchdog, peers
 
 SAY = "from launch.process.identity import this_process; print(*this_process(), sep='|')"
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
@@ -56,11 +57,20 @@ def test_alive():
     assert not alive(child.pid) and start_time(child.pid) is None
 
 
-def test_a_stranger_with_the_id_of_a_silent_rank_is_not_killed():
+def test_only_a_stopped_process_is_killed_and_no_stranger_with_its_id():
     stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    gone = ProcessIdentity(machine(), stranger.pid, start_time(stranger.pid) - 1)
-    Watchdog._kill([gone])
-    time.sleep(0.2)
+    peer = ProcessIdentity(machine(), stranger.pid, start_time(stranger.pid))
+    Watchdog._end_stopped([peer])
+    assert not stopped(*peer[1:])
+    stranger.send_signal(signal.SIGSTOP)
+    until = time.monotonic() + 10
+    while not stopped(*peer[1:]) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert stopped(*peer[1:]) and alive(*peer[1:])
+    gone = peer._replace(started=peer.started - 1)
+    assert not stopped(*gone[1:])
+    Watchdog._end_stopped([gone])
+    time.sleep(NOTICED_SECONDS + 1)
     assert stranger.poll() is None
-    Watchdog._kill([gone._replace(started=gone.started + 1)])
-    assert stranger.wait(10) == -9
+    Watchdog._end_stopped([peer])
+    assert stranger.wait(10 + NOTICED_SECONDS) == -9
