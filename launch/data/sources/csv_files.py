@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from launch.common.errors import Reject
 from launch.common.messages import shortened
@@ -30,9 +30,11 @@ class TooLong(Exception):
 class Lines:
     """The lines of a file, as `csv.reader` takes them; `row` holds those that the present row has taken."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         # Bytes that are not UTF-8 become lone surrogates, so that only their own row is lost.
-        self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        self._text = io.TextIOWrapper(
+            cast(IO[bytes], file), encoding="utf-8-sig", errors="surrogateescape", newline=""
+        )
         self.before = 0  # lines that precede the present row
         self.row: list[str] = []
         self._size = 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launch.common.errors import Reject
 from launch.data.records import DataError, DropReport, Note, Record, Records, Rejected
-from launch.data.sources.compression import GZIP_MAGIC
+from launch.data.sources.compression import DAMAGED, SUFFIXES, compression_of, open_data
 from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
 from launch.data.sources.fingerprint import fingerprint_of_files
@@ -82,9 +82,12 @@ def _as_path(source: str) -> Path | None:
 
 
 def _reader(path: Path) -> Reader | None:
-    if path.name.lower().endswith((".jsonl.gz", ".ndjson.gz")):
-        return json_lines
-    return READERS.get(path.suffix.lower())
+    name = path.name.lower()
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return READERS.get(suffix)
+    reader = READERS.get(Path(name.removesuffix(suffix)).suffix)
+    return None if reader is parquet_rows else reader  # Parquet compresses its columns
 
 
 def _is_data(path: Path) -> bool:
@@ -94,7 +97,9 @@ def _is_data(path: Path) -> bool:
 def _file_rows(path: Path) -> Records:
     reader = _reader(path)
     if reader is None:
-        raise DataError(f"{path}: expected {', '.join(READERS)} or .jsonl.gz; rename or convert it.")
+        raise DataError(
+            f"{path}: expected {', '.join(READERS)}, or .gz or .zst after one of them; rename or convert it."
+        )
     try:
         _refuse_binary(path)
         yield from _at_least_one(path, reader(path))
@@ -114,19 +119,25 @@ def _at_least_one(source: str | Path, rows: Records) -> Records:
 def _refuse_binary(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path} was expected to be a regular file.")
-    with path.open("rb") as file:
-        beginning = file.read(4096)
-    if not beginning:
+    if not path.stat().st_size:
         raise DataError(f"{path} was expected to hold records, but it is empty.")
-    compressed = beginning.startswith(GZIP_MAGIC)
-    if compressed and _reader(path) is not json_lines:
-        raise DataError(f"{path} holds gzip; unpack it, or name it .jsonl.gz if it holds JSON lines.")
+    compression = compression_of(path)
     if _reader(path) is parquet_rows:
+        if compression:
+            raise DataError(f"{path} holds {compression}; unpack it.")
         return
-    if path.suffix.lower() == ".gz" and not compressed:
-        raise DataError(f"{path} was expected to be gzip, but it is not; remove .gz or compress it.")
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES and not compression:
+        raise DataError(
+            f"{path} was expected to be {SUFFIXES[suffix]}, but it is not; remove {suffix} or compress it."
+        )
+    try:
+        with open_data(path) as file:
+            beginning = file.read(4096)
+    except DAMAGED:
+        return  # the reader says so, and reads what it can
     controls = sum(byte < 32 and byte not in TEXT_CONTROLS for byte in beginning)
-    if beginning.startswith(BINARY_MAGIC) or (not compressed and controls > len(beginning) // 10):
+    if beginning.startswith(BINARY_MAGIC) or controls > len(beginning) // 10:
         raise DataError(f"{path} was expected to be UTF-8 text, but it is binary or UTF-16; convert it.")
 
 

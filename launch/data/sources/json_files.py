@@ -1,8 +1,9 @@
 """JSON with line numbers: JSON lines read one line at a time, lists read one item at a time."""
 
 import codecs
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launch.common.errors import Reject
 from launch.common.strict_json import StrictDecoder
@@ -74,7 +75,6 @@ def json_list(path: Path) -> Records:
 
 def _items(path: Path, text: "JsonText") -> Records:
     text.skip()  # [
-    line = 1
     try:
         first = text.peek()
         while first != "]":
@@ -97,18 +97,19 @@ def _items(path: Path, text: "JsonText") -> Records:
         if text.peek():
             yield Rejected.of(f"{path}:{text.line}", Reject("broken JSON", "extra data after the list"))
     except DAMAGED as error:
-        yield Rejected.of(f"{path}:{line}", damaged(path, error))
+        yield Rejected.of(f"{path}:{text.line}", damaged(path, error))
 
 
 class JsonText:
     """The text of a JSON file, decoded one value at a time, of which only a window is in memory."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: BufferedIOBase) -> None:
         self._file = file
         # Bytes that are not UTF-8 become lone surrogates, so that only their own item is lost.
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")(errors="surrogateescape")
         self._decoder = StrictDecoder()
         self._window, self._at = "", 0  # the next character is `_window[_at]`
+        self._damage: Exception | None = None
         self._whole = False  # the window reaches to the end of the file
         self._escaped = False  # some bytes so far were not UTF-8
         self._column = 0  # characters of the window's first line that are before the window
@@ -156,11 +157,24 @@ class JsonText:
         """Read more of the file, and forget what lies before the next character."""
         newline = self._window.rfind("\n", 0, self._at)
         self._column = self._at - newline - 1 if newline >= 0 else self._column + self._at
-        content = self._file.read(size)
-        text = self._utf8.decode(content, final=not content)
-        self._whole = not content
+        if self._damage:
+            raise self._damage
+        content = self._bytes(size)
+        self._whole = not content and self._damage is None
+        text = self._utf8.decode(content, final=self._whole)
         self._escaped = self._escaped or not _is_unicode(text)
         self._window, self._at = self._window[self._at :] + text, 0
+
+    def _bytes(self, size: int) -> bytes:
+        """Read `size` bytes, fewer where the file ends or is damaged."""
+        parts: list[bytes] = []
+        try:
+            while size > 0 and (part := self._file.read1(size)):
+                parts.append(part)
+                size -= len(part)
+        except DAMAGED as error:
+            self._damage = error  # raised once what precedes it is used
+        return b"".join(parts)
 
 
 def _is_unicode(text: str) -> bool:

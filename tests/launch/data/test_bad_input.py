@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +14,7 @@ from launch.common.errors import Reject
 from launch.data.encode import EncodedData, encode_examples
 from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport
+from launch.data.sources.compression import SUFFIXES
 from launch.data.sources.files import read_records
 from launch.data.train_tokenizer import train_tokenizer
 from launch.process.ranks import say
@@ -135,6 +137,9 @@ BAD_FILES = {
     "control bytes": ("a.json", bytes(range(32)) * 10),
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16")),
     "not gzip": ("a.jsonl.gz", GOOD),
+    "not zstd": ("a.csv.zst", GOOD),
+    "a picture in gzip": ("a.jsonl.gz", gzip.compress(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))),
+    "nothing in gzip": ("a.jsonl.gz", gzip.compress(b"")),
     "unknown kind": ("a.txt", GOOD),
     "no suffix": ("a", GOOD),
     "JSON a number": ("a.json", b"3"),
@@ -182,16 +187,42 @@ def test_unusable_file_of_a_directory_is_counted_and_strict_names_it(tmp_path):
         read_records(str(tmp_path), DropReport(), strict=True)
 
 
-@pytest.mark.parametrize("damage", [slice(0, -9), slice(0, 300)], ids=["no trailer", "half"])
-def test_truncated_gzip_keeps_what_can_be_read(tmp_path, damage):
-    lines = [row(prompt=str(n * 7919 % 1000), completion=str(n)) for n in range(500)]
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b"".join(lines))[damage])
+def zstd(content: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
+CUT = {
+    "before its last bytes": lambda size: size - 9,
+    "in the middle": lambda size: size // 2,
+    "early": lambda size: 9,
+}
+
+
+@pytest.mark.parametrize("cut", CUT.values(), ids=CUT)
+@pytest.mark.parametrize("compress", [gzip.compress, zstd], ids=["gzip", "zstd"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_what_precedes_damage_in_a_compressed_file_is_read(tmp_path, kind, compress, cut):
+    noise = random.Random(0)
+    texts = [str(noise.getrandbits(4000)) for _ in range(500)]
+    if kind == "csv":
+        lines = ["prompt,completion", *(f'{number},"{text}"' for number, text in enumerate(texts))]
+    else:
+        lines = [json.dumps({"prompt": str(number), "completion": text}) for number, text in enumerate(texts)]
+    if kind == "json":
+        lines = ["[", *(f"{line}," for line in lines[:-1]), lines[-1], "]"]
+    content = compress("\n".join(lines).encode())
+    path = tmp_path / f"a.{kind}.{'gz' if compress is gzip.compress else 'zst'}"
+    path.write_bytes(content[: cut(len(content))])
     report = DropReport()
     records = read_records(str(path), report)
-    assert [r.reason for r in report.rejections] == ["damaged gzip, the rest of the file is lost"]
-    assert [record.fields["completion"] for record in records] == [str(n) for n in range(len(records))]
-    assert report.rejections[0].where == f"{path}:{len(records) + 1}"
+    (rejected,) = report.rejections
+    assert rejected.reason == f"damaged {SUFFIXES[path.suffix]}, the rest of the file is lost"
+    assert [record.fields["completion"] for record in records] == texts[: len(records)]
+    before = 0 if kind == "jsonl" or not records else 1  # a line of its own for the header, or the bracket
+    wheres = [f"{path}:{len(records) + before + more}" for more in (1, 0)]
+    assert rejected.where in wheres[: 1 + (kind == "json")]  # the line break after a JSON item may be lost
+    share = len(records) / len(texts)
+    assert {9: share == 0, len(content) // 2: 0.2 < share < 0.6}.get(cut(len(content)), share > 0.6)
 
 
 CSV_ROWS = {
@@ -263,11 +294,11 @@ def test_parquet_with_two_columns_of_one_name(tmp_path):
         read_records(str(path), DropReport())
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.parquet"])
-def test_gzip_under_another_name_is_named(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(GOOD))
-    with pytest.raises(DataError, match=r"holds gzip; unpack it, or name it \.jsonl\.gz"):
+@pytest.mark.parametrize("compress", [gzip.compress, zstd], ids=["gzip", "zstd"])
+def test_compressed_parquet_is_named(tmp_path, compress):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(compress(GOOD))
+    with pytest.raises(DataError, match=r"holds (gzip|zstd); unpack it"):
         read_records(str(path), DropReport())
 
 
