@@ -1,4 +1,4 @@
-"""JSON objects as their writer meant them: no key twice, no NaN, no infinity, a bound on depth and digits."""
+"""JSON as its writer meant it: no key twice, no NaN, no infinity, a bound on depth and digits."""
 
 import json
 from collections import Counter
@@ -10,32 +10,45 @@ from launch.common.messages import shortened
 
 
 class StrictDecoder:
-    """A JSON decoder of objects that also notices duplicate keys, NaN and infinity."""
+    """A JSON decoder that also notices duplicate keys, NaN and infinity."""
 
     def __init__(self) -> None:
         self._unusable: list[Reject] = []
         self._decoder = json.JSONDecoder(object_pairs_hook=self._pairs, parse_constant=self._constant)
 
+    def decode(self, text: str) -> Any:
+        """Decode a text that is one value of any type. Raises Reject if it is anything else, or unusable."""
+        text = text.strip()
+        value, end = self._decode_at(text, 0, 0)
+        if text[end:].strip():
+            raise Reject("broken JSON", f"extra data, column {end + 1}")
+        if self._unusable:
+            raise self._unusable[0]
+        return value
+
     def decode_at(self, text: str, start: int = 0, column: int = 0) -> tuple[Any, int, Reject | None]:
-        """Decode the value at `start`; `column` is how many characters of its first line precede `text`.
+        """Decode the object at `start`; `column` is how many characters of its first line precede `text`.
 
         Returns: the value, the position behind it, and why it is unusable (None if it is an object that is usable).
         Raises: Reject if the text is broken, and it is unknown where the value ends.
         """
+        value, end = self._decode_at(text, start, column)
+        if self._unusable:
+            return value, end, self._unusable[0]
+        if not isinstance(value, dict):
+            return value, end, Reject("not a JSON object", type(value).__name__)
+        return value, end, None
+
+    def _decode_at(self, text: str, start: int, column: int) -> tuple[Any, int]:
         self._unusable.clear()
         try:
-            value, end = self._decoder.raw_decode(text, start)
+            return self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             raise Reject("broken JSON", f"{error.msg}, column {error.colno + column * (error.lineno == 1)}") from None
         except RecursionError:
             raise Reject("broken JSON", "nested too deeply") from None
         except ValueError as error:  # a number of more than 4300 digits
             raise Reject("broken JSON", str(error).split(";")[0]) from None
-        if self._unusable:
-            return value, end, self._unusable[0]
-        if not isinstance(value, dict):
-            return value, end, Reject("not a JSON object", type(value).__name__)
-        return value, end, None
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
