@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from launch.common.errors import Reject
 from launch.common.messages import shortened
-from launch.data.examples.formats import FORMATS, detect_format, to_example
+from launch.data.examples.formats import detect_format, known_formats, to_example
 from launch.data.examples.kinds import ChatExample, Example, PairExample, TextExample
 from launch.data.records import DataError, DropReport, Record
 from launch.data.sources.files import read_records
@@ -100,11 +100,10 @@ def _require_rows(train: list[Example], records: list[Record], report: DropRepor
     if train:
         return
     if records and all(detect_format(record.fields) is None for record in records):
-        known = "; ".join(f"{format} ({', '.join(names)})" for format, names in FORMATS.items())
         found = shortened(", ".join(map(str, records[0].fields)))
         raise DataError(
             f"No format is recognised. {records[0].where} has the fields {found}; "
-            f"expected one of: {known}. Rename the fields."
+            f"expected one of: {known_formats()}. Rename the fields."
         )
     raise DataError(f"No training rows are left; fix the rows named here.\n{report.summary()}")
 

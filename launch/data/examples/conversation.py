@@ -8,9 +8,9 @@ import re
 
 from launch.common.errors import Reject
 from launch.common.messages import error_line, typed_error_line
-from launch.data.examples.formats import unicode
 from launch.data.examples.kinds import ChatExample
 from launch.data.examples.rows import IGNORED, Row, join, strip_left, token_ids
+from launch.data.examples.values import unicode
 from launch.data.records import DataError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -26,6 +26,13 @@ def encode_chat(example: ChatExample, tokenizer, max_length: int) -> Row:
             f"{example.where} is a conversation, which needs a tokenizer with a chat template, but this one "
             "has none; use the tokenizer of an instruction-tuned model, or prompt/completion data."
         )
+    if example.template_kwargs:
+        raise Reject(
+            "tools, documents and chat_template_kwargs are not supported", ", ".join(example.template_kwargs)
+        )
+    spoken = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
+    if list(example.learned) != spoken or spoken[-1] < len(example.messages) - 1:
+        raise Reject("answers that are not learned, and what follows the last answer, are not supported")
     answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
     if any(tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token) for answer in answers):
         raise Reject("completion holds the end token before its end")

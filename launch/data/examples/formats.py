@@ -1,40 +1,53 @@
-"""The formats of records, and their conversion to examples."""
+"""The formats of records: which one a record has, and what it becomes.
 
-from collections.abc import Mapping
-from typing import Any
+No field that changes what a row means is left out without a word: a format uses it, or rejects the row. What plays no
+part (`unused_fields`) is named in the log.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from launch.common.errors import Reject
-from launch.common.messages import shortened
-from launch.data.examples.kinds import ChatExample, Example, PairExample, TextExample, TokenExample
+from launch.data.examples.chat_messages import Message, learned_answers, messages
+from launch.data.examples.columns import Columns
+from launch.data.examples.kinds import ChatExample, Example, TextExample
+from launch.data.examples.pairs import SYSTEM, instruction_output, instruction_response, question_answer
+from launch.data.examples.template_kwargs import FIELDS as FOR_THE_TEMPLATE
+from launch.data.examples.template_kwargs import template_kwargs
+from launch.data.examples.tokenised import BESIDE, LEARNED_MASKS, ids_alone, tokens
+from launch.data.examples.values import Fields, holds, optional_text, text, text_with_words
 from launch.data.records import Record
+from smoothing.core.options import DEFAULT_IGNORE_INDEX
 
-FORMATS = {
-    "already tokenised": ("input_ids", "labels"),
-    "messages": ("messages",),
-    "prompt/completion": ("prompt", "completion"),
-    "instruction/input/output": ("instruction", "output"),
-    "question/answer": ("question", "answer"),
-}
-QUESTION_PROMPT = "Question: {question}\nAnswer:"
-# The space belongs to the answer: a model continues "Answer:" with " 4", not with "4".
-ANSWER_COMPLETION = " {answer}"
-INSTRUCTION_PROMPT = "Instruction: {instruction}\nResponse:"
-INSTRUCTION_INPUT_PROMPT = "Instruction: {instruction}\nInput: {input}\nResponse:"
-RESPONSE_COMPLETION = " {output}"
-ROLES = ("system", "user", "assistant", "tool")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# Fields that change what a row means: a format that does not use one rejects the row.
+MEANINGFUL = (*FOR_THE_TEMPLATE, *SYSTEM, "history", "context", "weight", *MEDIA)
 
 
-def detect_format(fields: Mapping[str, Any]) -> str | None:
+@dataclass(frozen=True)
+class Format:
+    """A row of the table of formats.
+
+    `needs`: the fields by which a record is recognised. `may`: what else is used. `learned`: for the guide.
+    """
+
+    needs: tuple[str, ...]
+    may: tuple[str, ...]
+    learned: str
+    convert: Callable[[Fields, str], Example]
+
+
+def detect_format(fields: Fields) -> str | None:
     """Return the first format whose fields all have a value; failing that, the first whose fields are all present."""
-    filled = {name for names in FORMATS.values() for name in names if _is_filled(fields, name)}
+    filled = {name for format in FORMATS.values() for name in format.needs if _is_filled(fields, name)}
     for names in (filled, set(fields)):
-        for format, needed in FORMATS.items():
-            if names.issuperset(needed):
-                return format
+        for name, format in FORMATS.items():
+            if names.issuperset(format.needs):
+                return name
     return None
 
 
-def _is_filled(fields: Mapping[str, Any], name: str) -> bool:
+def _is_filled(fields: Fields, name: str) -> bool:
     try:
         return fields.get(name) is not None
     except Reject:  # it has a value, which cannot be read
@@ -43,84 +56,147 @@ def _is_filled(fields: Mapping[str, Any], name: str) -> bool:
 
 def to_example(record: Record, format: str) -> Example:
     """Convert `record` from `format` to an example. Raises Reject for a field that cannot be used."""
-    fields, where = record.fields, record.where
-    if format == "already tokenised":
-        return TokenExample(_ids(fields, "input_ids"), _ids(fields, "labels"), where)
-    if format == "messages":
-        messages = _messages(fields)
-        answers = tuple(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        return ChatExample(messages, where, answers)
-    if format == "prompt/completion":
-        return TextExample(_text(fields, "prompt"), _answer(fields, "completion"), where)
-    if format == "question/answer":
-        question, answer = _text(fields, "question"), _answer(fields, "answer")
-        text = QUESTION_PROMPT.format(question=question), ANSWER_COMPLETION.format(answer=answer)
-        return _pair(question, answer, text, where)
-    if format == "instruction/input/output":
-        instruction, answer = _text(fields, "instruction"), _answer(fields, "output")
-        context = _text(fields, "input") if fields.get("input") is not None else ""
-        template = INSTRUCTION_INPUT_PROMPT if context.strip() else INSTRUCTION_PROMPT
-        prompt = template.format(instruction=instruction, input=context)
-        question = f"{instruction}\n\n{context}" if context.strip() else instruction
-        return _pair(question, answer, (prompt, RESPONSE_COMPLETION.format(output=answer)), where)
-    raise ValueError(f"format should be one of {', '.join(FORMATS)}, got {format!r}")
-
-
-def _pair(question: str, answer: str, text: tuple[str, str], where: str) -> PairExample:
-    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return PairExample(TextExample(*text, where), ChatExample(chat, where, (1,)))
-
-
-def _text(fields: Mapping[str, Any], name: str) -> str:
-    if name not in fields:
-        raise Reject(f"no field {name!r}")
-    value = fields[name]
-    if not isinstance(value, str):
-        raise Reject(f"{name} is not text", type(value).__name__)
-    return unicode(value, name)
-
-
-def unicode(value: str, name: str) -> str:
-    """Return `value` if it can be encoded as UTF-8, which tokenizers need. Raises Reject otherwise."""
+    if format not in FORMATS:
+        raise ValueError(f"format should be one of {', '.join(FORMATS)}, got {format!r}")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair
-        raise Reject(f"{name} holds half a surrogate pair") from None
-    return value
+        _check_meaningful(record.fields, format)
+        return FORMATS[format].convert(record.fields, record.where)
+    except RecursionError:
+        raise Reject("nested too deeply") from None
 
 
-def _answer(fields: Mapping[str, Any], name: str) -> str:
-    value = _text(fields, name)
-    if not value.strip():
-        raise Reject(f"empty {name}")
-    return value
+def used_fields(format: str) -> frozenset[str]:
+    """The fields that a format uses, or looks at and rejects."""
+    return frozenset((*FORMATS[format].needs, *FORMATS[format].may, *_rejected(format)))
 
 
-def _ids(fields: Mapping[str, Any], name: str) -> list[int]:
-    ids = fields.get(name)
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise Reject(f"{name} is not a list of integers")
-    return ids
+def unused_fields(names: Iterable[str], format: str, columns: Columns | None = None) -> set[str]:
+    """Which of a record's fields play no part in it; what no record of the data uses is for the log.
+
+    Args:
+        names: the record's fields as they were read, before `columns` renamed them.
+    """
+    return set(names) - (columns or Columns()).columns_of(used_fields(format))
 
 
-def _messages(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Reject("messages is not a list of messages", type(messages).__name__)
-    conversation = [_message(message) for message in messages]
-    if conversation[-1]["role"] != "assistant":
-        raise Reject("the last message is not the assistant's", conversation[-1]["role"])
-    return conversation
+def known_formats() -> str:
+    """The table of formats in one line, for errors."""
+    return "; ".join(f"{name} ({', '.join(format.needs)})" for name, format in FORMATS.items())
 
 
-def _message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise Reject("a message is not {role, content}")
-    role = message["role"]
-    if role not in ROLES:
-        raise Reject("unknown role", shortened(repr(role)))
-    content = _text(message, "content")
-    if role == "assistant" and not content.strip():
-        raise Reject("empty assistant message")
-    # Parquet fills in null for keys that only other messages have; templates test for presence.
-    return {name: value for name, value in message.items() if value is not None}
+def _rejected(format: str) -> tuple[str, ...]:
+    """The fields that change the meaning of a row, and that `format` cannot use."""
+    if "input_ids" in FORMATS[format].needs:
+        return ("weight",)  # the others are what its tokens were made of
+    return tuple(name for name in MEANINGFUL if name not in (*FORMATS[format].needs, *FORMATS[format].may))
+
+
+def _check_meaningful(fields: Fields, format: str) -> None:
+    for name in _rejected(format):
+        value = fields.get(name)
+        if holds(value) and not (name == "weight" and value == 1):
+            raise Reject(
+                f"{name!r} changes what a row means, and {format} rows cannot use it: rename it if it is "
+                f"something else (--columns other={name})"
+            )
+    if not holds(fields.get("input_ids")):
+        for name in LEARNED_MASKS:
+            if holds(fields.get(name)):
+                raise Reject(f"{name!r} says which tokens are learned, but there are no input_ids")
+
+
+def _conversation(name: str) -> Callable[[Fields, str], ChatExample]:
+    return lambda fields, where: _chat(fields, where, *messages(fields, name))
+
+
+def _chat(fields: Fields, where: str, conversation: list[Message], learned: list[bool]) -> ChatExample:
+    system = optional_text(fields, *SYSTEM)
+    if system:
+        if conversation[0]["role"] == "system":
+            raise Reject("both a system field and a system message")
+        conversation, learned = [{"role": "system", "content": system}, *conversation], [False, *learned]
+    return ChatExample(conversation, where, learned_answers(conversation, learned), template_kwargs(fields))
+
+
+def _prompt_completion(fields: Fields, where: str) -> TextExample | ChatExample:
+    """Texts, or lists of messages; a text beside a list is its one message. Of a prompt nothing is learned."""
+    if fields.get("label") is False:
+        raise Reject("label is false: a completion that is marked as a bad one")
+    if not any(isinstance(fields.get(name), list) for name in ("prompt", "completion")):
+        for name in CHAT_FIELDS:
+            if holds(fields.get(name)):
+                raise Reject(
+                    f"{name!r} belongs to a conversation, but prompt and completion are texts: "
+                    "--columns question=prompt,answer=completion makes them one"
+                )
+        return TextExample(text(fields, "prompt"), text_with_words(fields, "completion"), where)
+    asked = _side(fields, "prompt", "user")
+    answered, learned = (
+        messages(fields, "completion") if isinstance(fields.get("completion"), list) else (None, [True])
+    )
+    answered = answered or _side(fields, "completion", "assistant")
+    if asked and asked[-1]["role"] == answered[0]["role"] == "assistant":
+        raise Reject("the prompt ends with a message of the assistant, and the completion begins with one")
+    return _chat(fields, where, [*asked, *answered], [False] * len(asked) + learned)
+
+
+def _side(fields: Fields, name: str, role: str) -> list[Message]:
+    if isinstance(fields.get(name), list):
+        return messages(fields, name)[0]
+    value = text_with_words(fields, name) if role == "assistant" else text(fields, name)
+    return [{"role": role, "content": value}] if value.strip() else []
+
+
+def _text(fields: Fields, where: str) -> TextExample:
+    return TextExample("", text_with_words(fields, "text"), where)
+
+
+def _preference(fields: Fields, where: str) -> Example:
+    """Raises Reject: which of two answers is better is nothing that this loss learns from."""
+    chosen = fields.get("chosen")
+    first = chosen[0] if isinstance(chosen, list) and chosen else None
+    if isinstance(first, dict) and not {"assistant", "gpt"} & {str(first.get("role")), str(first.get("from"))}:
+        name = "messages"
+    else:
+        pairs = {"prompt": "completion", "question": "answer", "instruction": "output"}
+        name = next((pairs[question] for question in pairs if question in fields), "text")
+    raise Reject(f"chosen and rejected are a preference: to learn the chosen answers, add --columns {name}=chosen")
+
+
+CHAT_FIELDS = (*SYSTEM, *FOR_THE_TEMPLATE)
+PAIR_FIELDS = (*CHAT_FIELDS, "history")
+ANSWERS = "the assistant's messages, except those with `weight: 0` or `train: false`"
+# In the order in which they are tried.
+FORMATS: dict[str, Format] = {
+    "already tokenised": Format(
+        ("input_ids", "labels"),
+        (*LEARNED_MASKS, *BESIDE),
+        f"tokens whose label is not {DEFAULT_IGNORE_INDEX}",
+        tokens,
+    ),
+    **{
+        f"token ids with {mask}": Format(
+            ("input_ids", mask),
+            (*(other for other in LEARNED_MASKS if other != mask), *BESIDE),
+            "tokens whose mask is 1",
+            tokens,
+        )
+        for mask in LEARNED_MASKS
+    },
+    "messages": Format(("messages",), CHAT_FIELDS, ANSWERS, _conversation("messages")),
+    "prompt/completion": Format(
+        ("prompt", "completion"), (*CHAT_FIELDS, "label"), "the completion", _prompt_completion
+    ),
+    "ShareGPT": Format(("conversations",), CHAT_FIELDS, ANSWERS, _conversation("conversations")),
+    "ShareGPT (conversation)": Format(("conversation",), CHAT_FIELDS, ANSWERS, _conversation("conversation")),
+    "instruction/input/output": Format(
+        ("instruction", "output"), ("input", "context", *PAIR_FIELDS), "the output", instruction_output
+    ),
+    "instruction/context/response": Format(
+        ("instruction", "response"), ("context", "input", *PAIR_FIELDS), "the response", instruction_response
+    ),
+    "question/answer": Format(("question", "answer"), ("context", *PAIR_FIELDS), "the answer", question_answer),
+    "preference": Format(("chosen", "rejected"), (), "nothing: rejected with what to do", _preference),
+    "text": Format(("text",), (), "every token", _text),
+    "token ids alone": Format(("input_ids",), (), "nothing: rejected with what to do", ids_alone),
+}

@@ -112,8 +112,8 @@ def test_mixed_formats_are_converted_and_stated(tmp_path):
 
 
 def test_unknown_format_names_the_fields_and_the_known_formats(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": 1}')
-    with pytest.raises(DataError, match=r"a\.jsonl:1 has the fields text, id.*prompt, completion"):
+    (tmp_path / "a.jsonl").write_text('{"body": "a", "id": 1}')
+    with pytest.raises(DataError, match=r"a\.jsonl:1 has the fields body, id.*prompt, completion"):
         read_examples(str(tmp_path / "a.jsonl"))
 
 

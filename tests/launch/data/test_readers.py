@@ -12,11 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from launch.common.errors import Reject
-from launch.data.examples.formats import detect_format, to_example
-from launch.data.examples.kinds import ChatExample, PairExample, TextExample, TokenExample
 from launch.data.read import read_examples
-from launch.data.records import DataError, DropReport, Record, Rejected
+from launch.data.records import DataError, DropReport, Rejected
 from launch.data.sources import json_files
 from launch.data.sources.files import iter_records, read_records, source_fingerprint
 
@@ -302,61 +299,3 @@ def test_a_csv_field_may_be_long_and_the_limit_is_left_as_it_was(tmp_path):
     path = write(tmp_path / "a.csv", [{"question": "q" * 200_000, "answer": "a"}])
     assert len(read_records(str(path), DropReport(), strict=True)[0].fields["question"]) == 200_000
     assert csv.field_size_limit() == before
-
-
-CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-
-
-def chat(question: str, answer: str) -> ChatExample:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return ChatExample(messages, "f:1", learned=(1,))
-
-
-RECOGNISED = {
-    "prompt/completion": ({"prompt": "p", "completion": "c"}, TextExample("p", "c", "f:1")),
-    "question/answer": (
-        {"question": "q?", "answer": "a"},
-        PairExample(TextExample("Question: q?\nAnswer:", " a", "f:1"), chat("q?", "a")),
-    ),
-    "instruction/input/output": (
-        {"instruction": "do", "input": "this", "output": "done"},
-        PairExample(
-            TextExample("Instruction: do\nInput: this\nResponse:", " done", "f:1"), chat("do\n\nthis", "done")
-        ),
-    ),
-    "messages": ({"messages": CHAT}, chat("hi", "ho")),
-    "already tokenised": (
-        {"input_ids": [1, 2], "labels": [-100, 2]},
-        TokenExample([1, 2], [-100, 2], "f:1"),
-    ),
-}
-
-
-@pytest.mark.parametrize("format", RECOGNISED)
-def test_format_is_recognised_beside_other_fields(format):
-    fields, example = RECOGNISED[format]
-    fields = fields | {"id": 7, "source": "x"}
-    assert detect_format(fields) == format
-    assert to_example(Record(fields, "f:1"), format) == example
-
-
-@pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": None}])
-def test_instruction_without_input(given):
-    fields = {"instruction": "do {input}", "output": "done"} | given
-    example = to_example(Record(fields, "f:1"), "instruction/input/output")
-    assert example.text.prompt == "Instruction: do {input}\nResponse:"
-
-
-def test_null_columns_do_not_decide_the_format():
-    fields = {"messages": None, "prompt": "p", "completion": "c", "input_ids": None, "labels": None}
-    assert detect_format(fields) == "prompt/completion"
-
-
-def test_a_missing_field_is_named():
-    with pytest.raises(Reject, match="no field 'completion'"):
-        to_example(Record({"prompt": "p"}, "f:1"), "prompt/completion")
-
-
-def test_keys_that_parquet_filled_with_null_leave_the_messages():
-    messages = [message | {"tool_calls": None} for message in CHAT]
-    assert to_example(Record({"messages": messages}, "f:1"), "messages").messages == CHAT
