@@ -18,7 +18,8 @@ from launch.data.encode import EncodedData
 from launch.data.sampler import EpochSampler, grouped_by_length, in_order, shuffled
 from launch.model.load import load_model
 from launch.process.device import uses_gpu
-from launch.process.ranks import say, start_alone, world_size
+from launch.process.ranks import say, world_size
+from launch.process.rendezvous import rendezvous
 from launch.process.signals import StopOnSignal
 from launch.process.startup_errors import StartupErrors
 from launch.process.watchdog import Watchdog
@@ -35,10 +36,10 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
     """The options, and `TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
     options, config = deepspeed_config(options, values.get("deepspeed"), world_size())
     check_loss_scale(values.get("fp16", False), config["zero_optimization"]["stage"])
-    start_alone()
     defaults = {"use_cpu": not uses_gpu(), "output_dir": str(RUNS)}
     try:
-        args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
+        with rendezvous():
+            args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise UserError(str(error)) from None
     check_arguments(args)

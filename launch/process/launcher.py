@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -38,16 +40,52 @@ def _follow(launchers: Launchers, orphan: bool) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Launch(NamedTuple):
+    """The process with which `deepspeed` starts the ranks of one node, which all of them descend from."""
+
+    pid: int
+    started: int | None
+    port_chosen: bool
+
+
+def one_node_launch() -> Launch | None:
+    """Return the launch that this rank belongs to, if it is `deepspeed`'s on one node and still runs."""
+    parents = psutil.Process().parents()
+    for process, above in zip(parents, [*parents[1:], None], strict=True):
+        words = _words(process)
+        if _starts_one_node(words):
+            return Launch(process.pid, start_time(process.pid), _chooses_port(words, _words(above)))
+    return None
+
+
+def _chooses_port(words: list[str], above: list[str]) -> bool:
+    """Return whether the user named the port: `deepspeed` always names one to the process that starts the ranks."""
+    if not _is_deepspeed(above):
+        return _names_port(words)
+    return _names_port(list(takewhile(lambda word: not word.endswith(".py"), above)))
+
+
+def _names_port(words: list[str]) -> bool:
+    return any(word.startswith("--master_p") for word in words)
+
+
+def _words(process: psutil.Process | None) -> list[str]:
+    with suppress(psutil.Error):
+        return [] if process is None else process.cmdline()
+    return []
+
+
+def _is_deepspeed(words: list[str]) -> bool:
+    return any(Path(word).name == "deepspeed" or "deepspeed.launcher" in word for word in words[1:4])
+
+
 def _launchers() -> tuple[Launchers, bool]:
     """Return the process that started this one and deepspeed's above it, and whether the latter has exited."""
     found: Launchers = []
     local = False
     for process in psutil.Process().parents():
-        words = []
-        with suppress(psutil.Error):
-            words = process.cmdline()
-        deepspeed = any(Path(word).name == "deepspeed" or "deepspeed.launcher" in word for word in words[1:4])
-        if found and not deepspeed:
+        words = _words(process)
+        if found and not _is_deepspeed(words):
             break
         found.append((process.pid, start_time(process.pid)))
         local = local or _starts_one_node(words)
