@@ -14,7 +14,7 @@ from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
 from launch.data.batches import PadToLongest
 from launch.data.blank_rows import fill_to_multiple
-from launch.data.encode import EncodedData
+from launch.data.prepared import EncodedData
 from launch.data.sampler import EpochSampler, grouped_by_length, in_order, shuffled
 from launch.model.load import load_model
 from launch.process.device import uses_gpu
@@ -131,7 +131,7 @@ def train_split(
     rows that would not fill an epoch's last step are left out, and no blank rows are needed.
     """
     if args.train_sampling_strategy == "group_by_length":
-        order = grouped_by_length([len(ids) for ids in rows["input_ids"]], rows_a_step)
+        order = grouped_by_length(list(rows["length"]), rows_a_step)
     else:
         order = in_order(len(rows)) if args.train_sampling_strategy == "sequential" else shuffled(len(rows))
     seed = args.seed if args.data_seed is None else args.data_seed

@@ -1,7 +1,13 @@
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/process/environment.py
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # real runs are of more ranks than a machine may have GPUs
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers of xdist inherit it, so that all tests share one
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="data-cache-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 

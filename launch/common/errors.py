@@ -15,3 +15,6 @@ class Reject(Exception):
     def __init__(self, reason: str, detail: str = "", whole_file: bool = False):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail, self.whole_file = reason, detail, whole_file
+
+    def __reduce__(self):
+        return Reject, (self.reason, self.detail, self.whole_file)

@@ -1,27 +1,83 @@
 """The data of a run: from its options to a tokenizer and two encoded splits, with a printed summary."""
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
+import jinja2
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from launch.config.options import SftOptions
-from launch.data.encode import EncodedData, encode_examples
+from launch.data.cache import Cache, fingerprint
+from launch.data.encode import encode
+from launch.data.encode_batch import BatchEncoder
 from launch.data.examples.rows import IGNORED
-from launch.data.read import read_examples, training_texts
-from launch.data.tokenizer import load_tokenizer
+from launch.data.prepare import prepare
+from launch.data.prepared import EncodedData, damage, open_prepared
+from launch.data.read import Sources, sources_of
+from launch.data.records import DropReport
+from launch.data.tokenizer import describe_tokenizer, load_tokenizer, train_once
+from launch.process.once import once_a_machine
 from launch.process.ranks import say
 
 
 def load_data(options: SftOptions) -> tuple[PreTrainedTokenizerBase, EncodedData]:
-    """Load the tokenizer and the encoded rows; print what was found and dropped, and one row with its label mask."""
-    examples = read_examples(options.data, options.eval_data, options.strict, options.eval_fraction)
-    tokenizer = load_tokenizer(options, lambda: training_texts(examples.train))
-    data = encode_examples(examples, tokenizer, options.max_length, options.strict)
-    say(f"data: {len(data.train):,} rows to train on, {len(data.heldout):,} held out, format {examples.format}")
-    for note in [*examples.notes, *data.report.summary().splitlines()]:
-        say(f"  {note}")
+    """Load the tokenizer and the encoded rows; print what was found and dropped, and one row with its label mask.
+
+    The rows are prepared on the first rank of each machine, unless an earlier run has done so.
+
+    Collectives: those of `once_a_machine`.
+    """
+    sources = sources_of(options.data, options.eval_data, options.eval_fraction)
+    paths = json.loads(once_a_machine(lambda: json.dumps(_prepare(options, sources)), "preparing the data"))
+    tokenizer = load_tokenizer(options, Path(paths["pieces"]) if paths["pieces"] else None)
+    data = open_prepared(Path(paths["rows"]))
+    if options.strict:
+        for rejected in data.report.rejections:
+            DropReport().reject(rejected, strict=True)
+    describe(data, paths["found"])
     say(describe_example(data.train[0], tokenizer))
     return tokenizer, data
+
+
+def _prepare(options: SftOptions, sources: Sources) -> dict:
+    """Return where the rows are, and the pieces of a tokenizer that was trained for them."""
+    cache = Cache(None)
+    pieces = train_once(options, cache, sources.train) if options.model is None else None
+    tokenizer = load_tokenizer(options, pieces)
+    encoder = BatchEncoder(tokenizer, lambda example: encode(example, tokenizer, options.max_length))
+    facts = {
+        "sources": sources.fingerprints(),
+        "tokenizer": describe_tokenizer(tokenizer),
+        "max_length": options.max_length,
+        "versions": [library.__version__ for library in (tokenizers, transformers, jinja2)],
+    }
+
+    def make(folder: Path) -> None:
+        prepare(sources, encoder, folder, len(os.sched_getaffinity(0)), options.strict)
+
+    rows, found = cache.find_or_make(fingerprint(facts), damage, make)
+    return {"rows": str(rows), "found": found, "pieces": pieces and str(pieces)}
+
+
+def describe(data: EncodedData, found: bool) -> None:
+    """Print what there is to train on, and what was dropped."""
+    summary = data.summary
+    say(
+        f"data: {len(data.train):,} rows to train on, {len(data.heldout):,} held out, format "
+        f"{describe_formats(summary.formats)}" + (f"; from the cache, prepared {summary.prepared}" if found else "")
+    )
+    for note in [summary.statistics.describe(), *summary.report.summary().splitlines()]:
+        say(f"  {note}")
+
+
+def describe_formats(formats: Mapping[str, int]) -> str:
+    if len(formats) == 1:
+        return next(iter(formats))
+    return "mixed: " + ", ".join(f"{format} ({count} rows)" for format, count in formats.items())
 
 
 def describe_example(row: Mapping, tokenizer) -> str:

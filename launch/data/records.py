@@ -68,7 +68,10 @@ class DropReport:
 
     def add(self, where: str, reject: Reject, strict: bool = False) -> None:
         """Count one dropped row. Raises DataError instead when `strict`."""
-        rejected = Rejected.of(where, reject)
+        self.reject(Rejected.of(where, reject), strict)
+
+    def reject(self, rejected: Rejected, strict: bool = False) -> None:
+        """Count one dropped row. Raises DataError instead when `strict`."""
         self.rejections.append(rejected)
         if strict:
             raise DataError(f"{rejected}. Fix or remove it, or run without --strict to drop it.")

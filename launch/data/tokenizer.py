@@ -1,21 +1,50 @@
 """The tokenizer of a run: the model's own, or one trained on the data."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import sentencepiece
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launch.common.errors import UserError
 from launch.common.messages import error_line, typed_error_line
 from launch.config.options import SftOptions
-from launch.data.train_tokenizer import train_tokenizer
+from launch.data.cache import Cache, fingerprint
+from launch.data.read import Source
+from launch.data.train_tokenizer import learn_pieces, tokenizer_of
+from launch.data.training_texts import training_texts
+
+PIECES = "pieces.json"
 
 
-def load_tokenizer(options: SftOptions, texts: Callable[[], list[str]]) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, or train one on `texts()`."""
+def train_once(options: SftOptions, cache: Cache, sources: Sequence[Source]) -> Path:
+    """Return the file of the pieces that a tokenizer learned from the sources, now or in an earlier run."""
+
+    def make(folder: Path) -> None:
+        pieces = learn_pieces(training_texts(sources), options.tokenizer_size)
+        (folder / PIECES).write_text(json.dumps(pieces))
+
+    made_from = [(source.name, source.fingerprint()) for source in sources]
+    facts = {"pieces of": made_from, "size": options.tokenizer_size, "sentencepiece": sentencepiece.__version__}
+    return cache.find_or_make(fingerprint(facts), _damage, make)[0] / PIECES
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        json.loads((folder / PIECES).read_text())
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def load_tokenizer(options: SftOptions, pieces: Path | None = None) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, or the one with these pieces if there is no model."""
     if options.model is None:
-        return train_tokenizer(texts(), options.tokenizer_size)
+        assert pieces is not None
+        return tokenizer_of(json.loads(pieces.read_text()), options.tokenizer_size)
     check_model_path(options.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
@@ -33,6 +62,20 @@ def load_tokenizer(options: SftOptions, texts: Callable[[], list[str]]) -> PreTr
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked out of attention and of the loss
     return tokenizer
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return all that rows depend on."""
+    if tokenizer.is_fast:
+        algorithm = tokenizer.backend_tokenizer.to_str()
+    else:
+        algorithm = json.dumps([tokenizer.get_vocab(), repr(tokenizer.init_kwargs)], sort_keys=True)
+    return {
+        "class": type(tokenizer).__qualname__,
+        "algorithm": algorithm,
+        "special tokens": tokenizer.special_tokens_map,
+        "chat template": tokenizer.chat_template,
+    }
 
 
 def check_model_path(model: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, processors
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -30,13 +30,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     Where the texts hold too few pieces the vocabulary is smaller than `vocab_size`, with a warning.
     Raises DataError for no text or a vocabulary that cannot hold bytes and characters.
     """
-    pieces = _learn_pieces(texts, vocab_size)
+    return tokenizer_of(learn_pieces(texts, vocab_size), vocab_size)
+
+
+def tokenizer_of(pieces: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Make the tokenizer of pieces that were learned; `vocab_size` is how many were asked for."""
     if len(pieces) < vocab_size:
         log.warning("the texts support %d pieces, not the %d requested", len(pieces), vocab_size)
     vocab = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(BPE(vocab, _merges(pieces, vocab), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_PIECES])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -48,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     )
 
 
-def _learn_pieces(texts: Iterable[str], vocab_size: int) -> list[str]:
+def learn_pieces(texts: Iterable[str], vocab_size: int) -> list[str]:
     """SentencePiece's vocabulary in rank order, spaces unescaped."""
     # SentencePiece's own limit is on bytes per sentence and it refuses NUL; both only concern learning.
     sentences = [text.replace("\0", "") for text in texts]

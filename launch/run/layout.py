@@ -5,7 +5,7 @@ from collections.abc import Callable
 from launch.common.errors import UserError
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments
-from launch.data.encode import EncodedData
+from launch.data.prepared import EncodedData
 from launch.process.ranks import on_all_ranks
 
 
@@ -17,7 +17,7 @@ def layout(options: SftOptions, args: SftTrainingArguments, data: EncodedData) -
         "data_parallel": replicas,
         "zero": args.hf_deepspeed_config.config["zero_optimization"]["stage"],
         "rows_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas,
-        "data": same_everywhere(data.digest),
+        "data": same_everywhere(lambda: data.digest),
     }
 
 

@@ -17,9 +17,11 @@ with atheris.instrument_imports(include=["launch"]):
     from launch.config.command_line import parse_options
     from launch.config.deepspeed import deepspeed_config
     from launch.config.options import SftOptions
-    from launch.data.read import read_examples
+    from launch.data.train_tokenizer import train_tokenizer
+    from tests.support.data import prepared
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
+TOKENIZER = train_tokenizer(["some words to learn from"], 300)
 SEEDS = [
     b'{"prompt": "a", "completion": "b"}\n',
     b'[{"question": "a", "answer": "b"}]',
@@ -33,7 +35,7 @@ SEEDS = [
 def data(name: str, compress=bytes):
     def read(content: bytes) -> None:
         (FOLDER / name).write_bytes(compress(content))
-        read_examples(str(FOLDER / name), None, False, 0.2)
+        prepared(str(FOLDER / name), TOKENIZER, fraction=0.2)
 
     return read
 

@@ -19,11 +19,10 @@ from launch.config.command_line import parse_options
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments
-from launch.data.encode import encode_examples
-from launch.data.read import read_examples
 from launch.data.records import DataError
 from launch.data.train_tokenizer import train_tokenizer
 from smoothing import VocabShard, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from tests.support.data import prepared
 
 EXAMPLES = 150 * int(os.environ.get("FUZZ", "1"))
 FUZZED = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -97,8 +96,7 @@ def test_data_files(tokenizer, file, strict):
         path = Path(folder) / f"data.{suffix}"
         path.write_bytes(content)
         try:
-            examples = read_examples(str(path), None, strict, 0.2)
-            data = encode_examples(examples, tokenizer, 64, strict)
+            data = prepared(str(path), tokenizer, 64, strict, fraction=0.2)
         except DataError as error:
             assert str(error) and "Traceback" not in str(error)
             return

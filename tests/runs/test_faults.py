@@ -203,7 +203,13 @@ def test_a_rank_that_raises_before_the_first_step(folder):
 
 def test_a_mistake_on_one_rank_alone(folder):
     """As on two nodes, one of which lacks the data: that rank says so, though it is not the first."""
-    before = f"import os\nos.chdir('/' if os.environ['RANK'] == '1' else {str(folder)!r})"
+    before = f"""
+import os
+from launch.process import identity
+if os.environ['RANK'] == '1':
+    identity.machine = lambda: "another"
+os.chdir('/' if os.environ['RANK'] == '1' else {str(folder)!r})
+"""
     (folder / "here.jsonl").write_text((folder / "train.jsonl").read_text())
     launch = ForkedLaunch(folder, "nodes", LAYOUT | {"data": "here.jsonl"}, before)
     said = failing(launch)

@@ -5,7 +5,9 @@ completion is the docstring. Whole modules are held out, so no part of a held-ou
 """
 
 import ast
+import hashlib
 import inspect
+import sys
 import sysconfig
 import warnings
 import zlib
@@ -40,10 +42,8 @@ def docstring_corpus(stdlib: str | Path | None = None) -> Corpus:
     train: list[Record] = []
     heldout: list[Record] = []
     unparsable = 0
-    for path in sorted(root.rglob("*.py")):
+    for path in _files(root):
         relative = path.relative_to(root)
-        if SKIPPED_DIRECTORIES.intersection(relative.parts):
-            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -54,6 +54,21 @@ def docstring_corpus(stdlib: str | Path | None = None) -> Corpus:
         split = heldout if is_heldout(relative.parts[0].removesuffix(".py")) else train
         split.extend(_docstrings(tree, relative.as_posix()))
     return Corpus(train, heldout, unparsable)
+
+
+def corpus_fingerprint(stdlib: str | Path | None = None) -> str:
+    """Return a hash of the Python version, and of the name, size and time of each file of its standard library."""
+    root = Path(stdlib or sysconfig.get_paths()["stdlib"])
+    digest = hashlib.sha256(sys.version.encode())
+    for path in _files(root):
+        about = path.stat()
+        digest.update(f"{path.relative_to(root)}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _files(root: Path) -> list[Path]:
+    files = sorted(root.rglob("*.py"))
+    return [path for path in files if not SKIPPED_DIRECTORIES.intersection(path.relative_to(root).parts)]
 
 
 def is_heldout(module: str) -> bool:

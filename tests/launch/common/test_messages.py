@@ -6,11 +6,9 @@ import pytest
 
 from launch.common.errors import Reject
 from launch.common.messages import did_you_mean, error_line, one_line, printable, shortened, typed_error_line
-from launch.data.encode import encode_examples
-from launch.data.read import read_examples
 from launch.data.records import DataError, DropReport
-from launch.data.sources.files import read_records
 from launch.data.train_tokenizer import train_tokenizer
+from tests.support.data import prepared
 
 ESCAPE = "\x1b[2J"
 CONTROLS = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -71,11 +69,11 @@ def test_a_row_of_the_report_is_one_line():
 def test_a_file_name_of_two_lines(tmp_path):
     path = tmp_path / "a\nb.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
-    data = encode_examples(read_examples(str(path)), train_tokenizer(["a b"], 300), 64)
+    data = prepared(str(path), train_tokenizer(["a b"], 300), 64)
     assert data.train["where"][:] == [f"{tmp_path}/a\\nb.jsonl:1"]
 
 
-MANY = [f"column{number}" for number in range(20_000)]
+MANY = [f"column{number}" for number in range(200_000)]
 LONG = {
     "names of fields": json.dumps(dict.fromkeys(MANY, 1)),
     "a name of a field": json.dumps({"f" * 10**6: 1}),
@@ -89,7 +87,7 @@ LONG = {
 def test_what_a_row_holds_is_cut_in_the_report(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + line)
-    report = encode_examples(read_examples(str(path)), train_tokenizer(["some words"], 300), 512).report
+    report = prepared(str(path), train_tokenizer(["some words"], 300)).report
     (rejected,) = report.rejections
     assert 0 < len(rejected.detail) <= 80 and rejected.detail.endswith("...")
 
@@ -97,8 +95,9 @@ def test_what_a_row_holds_is_cut_in_the_report(tmp_path, line):
 def test_what_a_file_holds_is_cut_in_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text(LONG["names of fields"])
     (tmp_path / "a.csv").write_text(",".join([*MANY, "column7" + "7" * 10**6, "column7" + "7" * 10**6]) + "\n")
-    for name, reader in (("a.jsonl", read_examples), ("a.csv", lambda path: read_records(path, DropReport()))):
+    tokenizer = train_tokenizer(["some words"], 300)
+    for name in ("a.jsonl", "a.csv"):
         with pytest.raises(DataError) as caught:
-            reader(str(tmp_path / name))
+            prepared(str(tmp_path / name), tokenizer)
         length = len(str(caught.value))
-        assert length < 500 + len(str(tmp_path)) and "column7" in str(caught.value)
+        assert length < 1000 + len(str(tmp_path)) and "column7" in str(caught.value)

@@ -11,13 +11,13 @@ import pyarrow.parquet
 import pytest
 
 from launch.common.errors import Reject
-from launch.data.encode import EncodedData, encode_examples
-from launch.data.read import read_examples
+from launch.data.prepared import EncodedData
 from launch.data.records import DataError, DropReport
 from launch.data.sources.compression import SUFFIXES
 from launch.data.sources.files import read_records
 from launch.data.train_tokenizer import train_tokenizer
 from launch.process.ranks import say
+from tests.support.data import prepared
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -28,7 +28,7 @@ def tokenizer():
 
 
 def load(path: str, tokenizer, max_length: int = 512, strict: bool = False) -> EncodedData:
-    return encode_examples(read_examples(path, strict=strict), tokenizer, max_length, strict)
+    return prepared(path, tokenizer, max_length, strict)
 
 
 def row(**fields) -> bytes:
@@ -93,8 +93,7 @@ BAD_LINES = {
 def test_bad_line_is_counted_with_its_place(tmp_path, tokenizer, line, reason):
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD + b"\r\n" + line + GOOD)
-    examples = read_examples(str(path))
-    data = encode_examples(examples, tokenizer, 64)
+    data = prepared(str(path), tokenizer, 64)
     assert data.train["where"][:] == [f"{path}:1", f"{path}:4"]
     assert [(r.where, r.reason) for r in data.report.rejections] == [(f"{path}:3", reason)]
     assert data.report.counts() == {reason: 1}
@@ -369,12 +368,12 @@ def test_a_column_that_python_cannot_hold_costs_nothing_unless_it_is_used(tmp_pa
 
 
 @pytest.mark.parametrize("kind", TIMES, ids=str)
-def test_a_value_that_python_cannot_hold_loses_its_row_where_it_is_used(tmp_path, kind):
+def test_a_value_that_python_cannot_hold_loses_its_row_where_it_is_used(tmp_path, tokenizer, kind):
     path = tmp_path / "a.parquet"
     table = {"prompt": ["a", "c"], "completion": past_all_calendars(kind)}
     pyarrow.parquet.write_table(pyarrow.table(table), path)
     with pytest.raises(DataError, match=r"1 x completion cannot be read: .*a\.parquet:2"):
-        read_examples(str(path))
+        prepared(str(path), tokenizer)
 
 
 def test_damage_inside_parquet_loses_the_rest_of_its_row_group(tmp_path):

@@ -6,18 +6,19 @@ import random
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from launch.common.errors import Reject
-from launch.data.encode import encode, encode_examples
+from launch.data.encode import encode
 from launch.data.examples.formats import detect_format, to_example
 from launch.data.examples.kinds import TextExample, TokenExample
-from launch.data.read import read_examples, training_texts
-from launch.data.records import DataError
+from launch.data.read import sources_of
+from launch.data.records import DataError, Record
 from launch.data.sources.stdlib_docstrings import docstring_corpus, is_heldout
 from launch.data.train_tokenizer import train_tokenizer
+from launch.data.training_texts import training_texts
+from tests.support.data import prepared
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +122,12 @@ def test_mask_and_places_on_questions(tmp_path, tokenizer):
     ]
     rows[7]["answer"] = " "
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples = read_examples(str(path))
-    assert examples.format == "question/answer"
-    encoded = encode_examples(examples, tokenizer, 512)
+    encoded = prepared(str(path), tokenizer)
+    assert encoded.summary.formats == {"question/answer": 39}
     assert (len(encoded.train), len(encoded.heldout)) == (37, 2)
     assert [(r.where, r.reason) for r in encoded.report.rejections] == [(f"{path}:8", "empty answer")]
-    by_place = {example.where: example.text for example in examples.train + examples.heldout}
+    records = [Record(fields, f"{path}:{line}") for line, fields in enumerate(rows, start=1) if line != 8]
+    by_place = {record.where: to_example(record, "question/answer").text for record in records}
     for row in [*encoded.train, *encoded.heldout]:
         example = by_place[row["where"]]
         assert example.completion.startswith(" ") and "#### " in example.completion
@@ -156,7 +157,6 @@ def test_one_bos_and_one_eos(tokenizer, prompt, completion, text):
 def test_without_a_bos_token_none_is_added(tokenizer):
     tokenizer = train_tokenizer(["p c"], 300)
     tokenizer.bos_token = None
-    tokenizer.backend_tokenizer.post_processor = None
     row = encode(TextExample("p", "c", "f:1"), tokenizer, 64)
     assert tokenizer.decode(row["input_ids"]) == "pc</s>"
     assert encode(TextExample("", "c", "f:1"), tokenizer, 64)["labels"][1] == tokenizer.eos_token_id
@@ -203,7 +203,7 @@ def test_truncated_prompts_are_counted_and_kept(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     rows = [{"prompt": "0" * n, "completion": "1"} for n in (1, 50, 2, 60)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    encoded = encode_examples(read_examples(str(path)), tokenizer, 20, strict=True)
+    encoded = prepared(str(path), tokenizer, 20, strict=True)
     assert len(encoded.train) == 4
     assert encoded.report.truncated == [f"{path}:2", f"{path}:4"]
     assert f"2 prompts shortened from the left (rows kept): {path}:2, {path}:4" in encoded.report.summary()
@@ -215,17 +215,15 @@ def test_tokenised_rows_are_used_as_they_are(tokenizer):
         "input_ids": [5, 6, 7],
         "labels": [-100, 6, -100],
         "prompt_tokens_cut": 0,
-        "notes": [],
     }
 
 
 def test_default_corpus_end_to_end(corpus, tokenizer, monkeypatch):
     monkeypatch.setattr("launch.data.read.docstring_corpus", lambda: corpus)
-    examples = read_examples(None)
-    assert examples.format == "prompt/completion"
     assert {detect_format(record.fields) for record in corpus.train} == {"prompt/completion"}
-    assert len(training_texts(examples.train)) == len(corpus.train)
-    encoded = encode_examples(examples, tokenizer, 256)
+    assert len(list(training_texts(sources_of(None).train))) == len(corpus.train)
+    encoded = prepared(None, tokenizer, 256)
+    assert list(encoded.summary.formats) == ["prompt/completion"]
     dropped = encoded.report.counts()
     assert list(dropped) == ["completion longer than max_length 256"]
     total = len(corpus.train) + len(corpus.heldout)
@@ -235,8 +233,7 @@ def test_default_corpus_end_to_end(corpus, tokenizer, monkeypatch):
 
 def test_what_a_tokenizer_refuses_costs_its_row():
     words = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]"))  # which it does not have
-    words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
-    assert encode(TextExample("a", " a", "f:1"), tokenizer, 8)["input_ids"] == [0, 0, 1]
+    assert encode(TextExample("a", "a", "f:1"), tokenizer, 8)["input_ids"] == [0, 0, 1]
     with pytest.raises(Reject, match=r"the tokenizer refuses the text .*UNK"):
-        encode(TextExample("a", " b", "f:1"), tokenizer, 8)
+        encode(TextExample("a", "b", "f:1"), tokenizer, 8)

@@ -11,14 +11,16 @@ from launch.common.errors import Reject
 from launch.config.options import SftOptions
 from launch.data.batches import PadToLongest
 from launch.data.blank_rows import fill_to_multiple
-from launch.data.encode import COLUMNS, EncodedData, encode_examples
 from launch.data.examples.kinds import TextExample
 from launch.data.examples.rows import IGNORED
 from launch.data.examples.special_tokens import SpelledOut
-from launch.data.load import describe_example, load_data
-from launch.data.read import read_examples
+from launch.data.load import describe_example, describe_formats, load_data
+from launch.data.prepare import draw_heldout
+from launch.data.read import sources_of
 from launch.data.records import DataError, DropReport
+from launch.data.rows_file import COLUMNS
 from launch.data.train_tokenizer import train_tokenizer
+from tests.support.data import prepared
 
 
 def write(path, count, start=0):
@@ -27,24 +29,32 @@ def write(path, count, start=0):
     return str(path)
 
 
-def places(examples):
-    return [example.where for example in examples]
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["0 1 2 3 4 5 6 7 8 9 + ="], 300)
 
 
-def test_heldout_rows_are_a_seeded_fraction(tmp_path):
+def test_heldout_rows_are_a_seeded_fraction(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", 100)
-    first, again, other = (read_examples(source, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (prepared(source, tokenizer, seed=seed) for seed in (1, 1, 2))
     assert (len(first.train), len(first.heldout)) == (95, 5)
-    assert first == again
-    assert places(first.heldout) != places(other.heldout)
-    assert sorted(places(first.train) + places(first.heldout)) == sorted(f"{source}:{n}" for n in range(1, 101))
+    assert first.heldout[:] == again.heldout[:] and first.train[:] == again.train[:]
+    assert first.heldout["where"][:] != other.heldout["where"][:]
+    lines = [int(where.rpartition(":")[2]) for where in first.train["where"]]
+    held = [int(where.rpartition(":")[2]) for where in first.heldout["where"]]
+    assert lines == sorted(lines) and held == sorted(held) and sorted(lines + held) == list(range(1, 101))
 
 
 @pytest.mark.parametrize(("count", "heldout"), [(1, 0), (19, 0), (20, 1), (21, 1), (60, 3)])
-def test_small_data_holds_nothing_out_and_says_so(tmp_path, count, heldout):
-    examples = read_examples(write(tmp_path / "a.jsonl", count))
-    assert (len(examples.train), len(examples.heldout)) == (count - heldout, heldout)
-    assert bool(heldout) != any("nothing held out" in note for note in examples.notes)
+def test_small_data_holds_nothing_out_and_says_so(tmp_path, tokenizer, count, heldout):
+    data = prepared(write(tmp_path / "a.jsonl", count), tokenizer)
+    assert (len(data.train), len(data.heldout)) == (count - heldout, heldout)
+    assert bool(heldout) != any("nothing held out" in note for note in data.report.left_out)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.001, 1), (0.5, 50), (0.999, 99)])
+def test_a_split_leaves_a_row_on_each_side(fraction, count):
+    assert len(draw_heldout(100, fraction, 0)) == count
 
 
 def test_eval_source_is_all_held_out(tmp_path):
@@ -54,16 +64,16 @@ def test_eval_source_is_all_held_out(tmp_path):
     assert data.heldout["where"][0] == f"{other}:1"
 
 
-def test_eval_source_without_usable_rows_is_an_error(tmp_path):
+def test_eval_source_without_usable_rows_is_an_error(tmp_path, tokenizer):
     (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": ""}')
     with pytest.raises(DataError, match=r"held-out.*\n.*\n.*empty completion"):
-        read_examples(write(tmp_path / "a.jsonl", 3), str(tmp_path / "b.jsonl"))
+        prepared(write(tmp_path / "a.jsonl", 3), tokenizer, eval_source=str(tmp_path / "b.jsonl"))
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, float("nan")])
 def test_eval_fraction_out_of_range_is_an_error(fraction):
     with pytest.raises(DataError, match="eval_fraction"):
-        read_examples("a.jsonl", eval_fraction=fraction)
+        sources_of("a.jsonl", None, fraction)
 
 
 def test_what_is_no_special_token_is_not_said():
@@ -77,10 +87,10 @@ def test_what_is_no_special_token_is_not_said():
     assert SpelledOut(bare).first(TextExample("a</s>", "b", "f:1")) is None
 
 
-def test_every_dropped_row_is_a_line(tmp_path):
+def test_every_dropped_row_is_a_line(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"prompt": "{n}", "completion": "{n if n % 2 else ""}"}}\n' for n in range(60)))
-    report = read_examples(str(path)).report
+    report = prepared(str(path), tokenizer).report
     assert report.summary().startswith("30 rows dropped\n")
     assert report.lines().splitlines() == [f"{path}:{n + 1}: empty completion" for n in range(0, 60, 2)]
 
@@ -95,31 +105,32 @@ def test_special_tokens_in_a_text_are_said(tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = train_tokenizer(["a b c"] * 3, 300)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    report = encode_examples(read_examples(str(source)), tokenizer, 64).report
+    report = prepared(str(source), tokenizer).report
     assert report.spelled_out == {f"{source}:3": "</s>", f"{source}:4": "<pad>", f"{source}:5": "<s>"}
     assert f"3 texts hold special tokens, read as those tokens (rows kept): {source}:3 (</s>)" in report.summary()
     source.write_text(json.dumps({"messages": chat}) + "\n")
-    assert encode_examples(read_examples(str(source)), tokenizer, 64).report.spelled_out == {f"{source}:1": "</s>"}
+    assert prepared(str(source), tokenizer).report.spelled_out == {f"{source}:1": "</s>"}
 
 
-def test_mixed_formats_are_converted_and_stated(tmp_path):
+def test_mixed_formats_are_converted_and_stated(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     rows = [{"question": "a", "answer": "b"}] * 2 + [{"prompt": "a", "completion": "b"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    examples = read_examples(str(path))
-    assert len(examples.train) == 3
-    assert examples.format == "mixed: question/answer (2 rows), prompt/completion (1 rows)"
+    data = prepared(str(path), tokenizer)
+    assert len(data.train) == 3
+    formats = describe_formats(data.summary.formats)
+    assert formats == "mixed: question/answer (2 rows), prompt/completion (1 rows)"
 
 
-def test_unknown_format_names_the_fields_and_the_known_formats(tmp_path):
+def test_unknown_format_names_the_fields_and_the_known_formats(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"body": "a", "id": 1}')
     with pytest.raises(DataError, match=r"a\.jsonl:1 has the fields body, id.*prompt, completion"):
-        read_examples(str(tmp_path / "a.jsonl"))
+        prepared(str(tmp_path / "a.jsonl"), tokenizer)
 
 
 def test_no_rows_left_names_every_reason(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "0123456789"}\n')
+    path.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "bcdefghij"}\n')
     with pytest.raises(DataError) as caught:
         load_data(SftOptions(data=str(path), tokenizer_size=300, max_length=4))
     text = str(caught.value)
@@ -136,7 +147,7 @@ def test_tokenised_rows_cannot_train_a_tokenizer(tmp_path):
 
 def test_columns_are_there_even_where_nothing_is_held_out(tmp_path):
     _, data = load_data(SftOptions(data=write(tmp_path / "a.jsonl", 2), tokenizer_size=300))
-    assert data.heldout.column_names == data.train.column_names == ["input_ids", "labels", "where"]
+    assert data.heldout.column_names == data.train.column_names == ["input_ids", "labels", "length", "where"]
     assert len(data.heldout) == 0
 
 
@@ -196,19 +207,22 @@ def test_collator_refuses(rows):
 
 
 def rows_of(*rows: list[int]) -> datasets.Dataset:
-    columns = {"input_ids": list(rows), "labels": list(rows), "where": [f"a:{n}" for n in range(len(rows))]}
+    columns = {"input_ids": list(rows), "labels": list(rows), "length": list(map(len, rows))}
+    columns["where"] = [f"a:{n}" for n in range(len(rows))]
     return datasets.Dataset.from_dict(columns, features=COLUMNS)
 
 
-def test_the_digest_is_of_tokens_labels_and_where_rows_end():
-    def digest(rows: datasets.Dataset) -> str:
-        return EncodedData(rows, rows, DropReport()).digest()
+def test_the_digest_is_of_tokens_labels_and_where_rows_end(tmp_path, tokenizer):
+    def digest(*rows: tuple[list[int], list[int]]) -> str:
+        lines = (json.dumps({"input_ids": ids, "labels": labels}) + "\n" for ids, labels in rows)
+        (tmp_path / "a.jsonl").write_text("".join(lines))
+        return prepared(str(tmp_path / "a.jsonl"), tokenizer).digest
 
-    rows = rows_of([5, 6, 7], [8])
-    assert digest(rows) == digest(rows_of([5, 6, 7], [8]))
-    masked = rows.map(lambda row: {"labels": [IGNORED, *row["labels"][1:]]}, features=COLUMNS)
-    others = [rows_of([5, 6], [7, 8]), rows_of([5, 6, 7, 8]), rows_of([5, 6, 8], [7]), masked]
-    assert len({digest(rows), *map(digest, others)}) == 5
+    first, second = ([5, 6, 7, 8], [-100, 6, 7, -100]), ([5, 6], [5, 6])
+    assert digest(first, second) == digest(first, second)
+    masked, cut = ([5, 6, 7, 8], [-100, -100, 7, -100]), ([5, 6, 7], [-100, 6, 7])
+    others = [digest(second, first), digest(first), digest(masked, second), digest(cut, ([8, 5, 6], [-100, 5, 6]))]
+    assert len({digest(first, second), *others}) == 5
 
 
 @pytest.mark.parametrize(("count", "multiple", "blanks"), [(3, 4, 1), (4, 4, 0), (1, 4, 3), (5, 1, 0)])
@@ -217,4 +231,4 @@ def test_blank_rows_fill_a_batch_and_carry_no_label(count, multiple, blanks):
     filled = fill_to_multiple(rows, multiple, token_id=2)
     assert len(filled) == count + blanks and filled[:count] == rows[:]
     for row in list(filled)[count:]:
-        assert row == {"input_ids": [2, 2], "labels": [IGNORED, IGNORED], "where": "blank"}
+        assert row == {"input_ids": [2, 2], "labels": [IGNORED, IGNORED], "length": 2, "where": "blank"}

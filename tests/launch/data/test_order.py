@@ -21,7 +21,8 @@ STRATEGIES = ("random", "sequential", "group_by_length")
 def split(count, strategy, batch, accumulate, ranks, drop_last=False, seed=3):
     """The rows of a run, row n of n + 2 tokens, and their sampler."""
     ids = [[5] * (2 + n % 7) for n in range(count)]
-    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids, "where": [f"a:{n}" for n in range(count)]})
+    columns = {"input_ids": ids, "labels": ids, "length": list(map(len, ids))}
+    rows = datasets.Dataset.from_dict(columns | {"where": [f"a:{n}" for n in range(count)]})
     args = SimpleNamespace(
         train_sampling_strategy=strategy,
         dataloader_drop_last=drop_last,

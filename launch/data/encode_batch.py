@@ -1,0 +1,100 @@
+"""What is made of a batch of records: rows in Arrow, and for each record what became of it."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy
+import pyarrow
+
+from launch.common.errors import Reject
+from launch.common.messages import one_line, shortened
+from launch.data.examples.formats import detect_format, to_example
+from launch.data.examples.kinds import Example
+from launch.data.examples.rows import IGNORED, Row
+from launch.data.examples.special_tokens import SpelledOut
+from launch.data.records import Note, Record, Rejected
+from launch.data.rows_file import as_batch
+
+DIGEST_BYTES = 16
+UNRECOGNISED = "unrecognised fields"
+
+
+class Kept(NamedTuple):
+    """A record that became a row, and what to report of it."""
+
+    where: str
+    format: str
+    learned: int
+    cut: int
+    special_token: str
+
+
+class EncodedBatch(NamedTuple):
+    """Rows, a digest of each, and the outcome of each record or note of the batch, all in order."""
+
+    outcomes: list[Kept | Rejected | Note]
+    rows: pyarrow.RecordBatch
+    digests: bytes
+
+    def first_rows(self, count: int) -> "EncodedBatch":
+        """Return the batch up to its row number `count`."""
+        if self.rows.num_rows <= count:
+            return self
+        kept = [number for number, outcome in enumerate(self.outcomes) if isinstance(outcome, Kept)]
+        end = kept[count]
+        return EncodedBatch(self.outcomes[:end], self.rows.slice(0, count), self.digests[: count * DIGEST_BYTES])
+
+
+class BatchEncoder:
+    """Encodes batches of records.
+
+    Args:
+        tokenizer: Whose special tokens are looked for in texts.
+        encode: Makes a row of an example.
+    """
+
+    def __init__(self, tokenizer, encode: Callable[[Example], Row]):
+        self._special, self._encode = SpelledOut(tokenizer), encode
+
+    def __call__(self, batch: Sequence[Record | Rejected | Note]) -> EncodedBatch:
+        """Encode a batch. Raises DataError for what no row could be encoded with, such as a missing template."""
+        outcomes: list[Kept | Rejected | Note] = []
+        rows: list[dict] = []
+        digests = []
+        for record in batch:
+            if not isinstance(record, Record):
+                outcomes.append(record)
+                continue
+            try:
+                kept, row = self._row(record)
+            except Reject as reject:
+                outcomes.append(Rejected.of(record.where, reject))
+                continue
+            outcomes.append(kept)
+            rows.append(row | {"length": len(row["input_ids"]), "where": one_line(record.where)})
+            digests.append(row_digest(row))
+        return EncodedBatch(outcomes, as_batch(rows), b"".join(digests))
+
+    def _row(self, record: Record) -> tuple[Kept, Row]:
+        format = detect_format(record.fields)
+        if format is None:
+            raise Reject(UNRECOGNISED, shortened(", ".join(map(str, record.fields))) or "none")
+        example = to_example(record, format)
+        try:
+            row = self._encode(example)
+        except MemoryError:
+            raise Reject("needs more memory than a row may use") from None
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a tokenizer in Rust
+            raise Reject("the tokenizer fails on the text", shortened(f"{type(error).__name__}: {error}")) from None
+        learned = sum(label != IGNORED for label in row["labels"][1:])
+        token = self._special.first(example) or ""
+        return Kept(record.where, format, learned, row["prompt_tokens_cut"], token), row
+
+
+def row_digest(row: Row) -> bytes:
+    """Return a hash of a row's tokens and labels."""
+    columns = numpy.array([row["input_ids"], row["labels"]], dtype=numpy.int32)
+    return hashlib.blake2b(columns.tobytes(), digest_size=DIGEST_BYTES).digest()

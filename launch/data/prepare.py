@@ -1,0 +1,154 @@
+"""Preparation: the records of all sources are encoded, in several processes, and written to one Arrow file."""
+
+import hashlib
+import random
+from array import array
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+from launch.common.atomic_files import write_whole
+from launch.data.encode_batch import DIGEST_BYTES, UNRECOGNISED, BatchEncoder, EncodedBatch, Kept
+from launch.data.examples.formats import known_formats
+from launch.data.prepared import ROWS, SUMMARY, Summary, checksum
+from launch.data.progress import RowsProgress
+from launch.data.read import Source, Sources, batches
+from launch.data.records import DataError, DropReport, Note, Record, Rejected
+from launch.data.rows_file import RowsWriter, as_batch
+from launch.data.statistics import Statistics
+from launch.data.workers import Workers
+
+SMALLEST_SPLIT = 20
+
+
+def prepare(
+    sources: Sources, encoder: BatchEncoder, folder: Path, workers: int = 0, strict: bool = False, seed: int = 0
+) -> None:
+    """Write the rows of all sources, and a summary of them, into `folder`.
+
+    The file holds the rows to train on and those drawn from them to be held out, in the order of the sources, and
+    then the rows of sources that are all held out. It does not depend on the number of processes.
+
+    Args:
+        sources: What to read.
+        encoder: Makes rows of records.
+        folder: An empty folder.
+        workers: Processes to encode in; 0 for this one.
+        strict: Stop at the first row that cannot be used.
+        seed: Draws the held-out rows.
+
+    Raises:
+        DataError: If no row of a split is usable, or when `strict` for the first unusable row.
+    """
+    rows = _Rows(strict)
+    with (
+        RowsWriter(folder / ROWS) as file,
+        Workers(workers, encoder, _lost) as pool,
+        RowsProgress("preparing rows") as progress,
+    ):
+        counts = [rows.read(source, file, pool, progress) for source in sources.train]
+        count = len(rows.lengths)
+        rows.require(count, sources)
+        for source in sources.heldout:
+            rows.read(source, file, pool, progress)
+    if sources.heldout:
+        if len(rows.lengths) == count:
+            names = ", ".join(repr(source.name) for source in sources.heldout)
+            raise DataError(f"No usable held-out rows in {names}:\n{rows.report.summary()}")
+        heldout = list(range(count, len(rows.lengths)))
+    else:
+        heldout = draw_heldout(count, sources.fraction, seed)
+        if not heldout:
+            rows.report.left_out.append(
+                f"nothing held out: {count} rows (fewer than {SMALLEST_SPLIT}, or eval_fraction 0)"
+            )
+    trained = [source.name for source in sources.train]
+    summary = rows.summary(checksum(folder), list(zip(trained, counts, strict=True)), heldout)
+    write_whole(folder / SUMMARY, summary.to_json())
+
+
+def draw_heldout(count: int, fraction: float, seed: int) -> list[int]:
+    """Return which of `count` rows are held out, in order; `seed` draws them."""
+    if count < SMALLEST_SPLIT or not fraction:
+        return []
+    drawn = min(max(1, round(count * fraction)), count - 1)
+    return sorted(random.Random(seed).sample(range(count), drawn))
+
+
+Pool = Workers[Record | Rejected | Note, EncodedBatch]
+
+
+class _Rows:
+    """What is kept in memory of the rows while they are written: a few bytes each."""
+
+    def __init__(self, strict: bool):
+        self.strict = strict
+        self.report = DropReport()
+        self.formats: Counter[str] = Counter()
+        self.lengths, self.learned, self.digests = array("i"), array("i"), bytearray()
+
+    def read(self, source: Source, file: RowsWriter, pool: Pool, progress: RowsProgress) -> int:
+        """Write the rows of a source; return their number."""
+        before = len(self.lengths)
+        for batch in pool.map(batches(source.records())):
+            self._add(batch)
+            file.add(batch.rows)
+            progress.show(len(self.lengths), len(self.report))
+        return len(self.lengths) - before
+
+    def _add(self, batch: EncodedBatch) -> None:
+        for outcome in batch.outcomes:
+            if isinstance(outcome, Rejected):
+                self.report.reject(outcome, self.strict)
+            elif isinstance(outcome, Note):
+                self.report.left_out.append(outcome.text)
+            else:
+                self._keep(outcome)
+        self.lengths.extend(batch.rows.column("length").to_pylist())
+        self.digests += batch.digests
+
+    def _keep(self, kept: Kept) -> None:
+        self.formats[kept.format] += 1
+        self.learned.append(kept.learned)
+        if kept.cut:
+            self.report.truncated.append(kept.where)
+        if kept.special_token:
+            self.report.spelled_out[kept.where] = kept.special_token
+
+    def require(self, count: int, sources: Sources) -> None:
+        """Raise DataError if there is no row to train on."""
+        if count:
+            return
+        reasons = self.report.counts()
+        if set(reasons) == {UNRECOGNISED}:
+            first = self.report.rejections[0]
+            raise DataError(
+                f"No format is recognised. {first.where} has the fields {first.detail}; expected one of: "
+                f"{known_formats()}. Rename the fields."
+            )
+        raise DataError(f"No training rows are left; fix the rows named here.\n{self.report.summary()}")
+
+    def summary(self, checksum: str, sources: list[tuple[str, int]], heldout: list[int]) -> Summary:
+        out = set(heldout)
+        train = [index for index in range(len(self.lengths)) if index not in out]
+        digest = hashlib.sha256()
+        for index in train:
+            digest.update(self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
+        statistics = Statistics.of([self.lengths[i] for i in train], [self.learned[i] for i in train])
+        return Summary(
+            prepared=f"{datetime.now():%Y-%m-%d %H:%M}",
+            checksum=checksum,
+            sources=sources,
+            heldout=heldout,
+            digest=digest.hexdigest(),
+            formats=dict(self.formats.most_common()),
+            statistics=statistics,
+            report=self.report,
+        )
+
+
+def _lost(record: Record | Rejected | Note, reason: str) -> EncodedBatch:
+    """Reject a row that ends the process that encodes it."""
+    if isinstance(record, Record):
+        record = Rejected(record.where, "ends the process that encodes it", reason)
+    return EncodedBatch([record], as_batch([]), b"")

@@ -1,0 +1,93 @@
+"""Prepared rows: a folder of an Arrow file, which every rank maps, and a summary of what it was made from."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+
+from launch.data.records import DropReport, Rejected
+from launch.data.rows_file import map_rows
+from launch.data.sources.fingerprint import fingerprint_of_files
+from launch.data.statistics import Statistics
+
+ROWS = "rows.arrow"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was found in the sources.
+
+    Attributes:
+        prepared: When.
+        checksum: Of the file of rows.
+        sources: The sources to train on, with the number of rows of each.
+        heldout: The held-out rows' places in the file.
+        digest: The SHA-256 of the training rows: tokens, labels and row boundaries, in order.
+        formats: The rows in each format.
+        statistics: Of the training rows.
+        report: What was dropped.
+    """
+
+    prepared: str
+    checksum: str
+    sources: list[tuple[str, int]]
+    heldout: list[int]
+    digest: str
+    formats: dict[str, int]
+    statistics: Statistics
+    report: DropReport
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Summary":
+        """Read what `to_json` has written. Raises ValueError, KeyError or TypeError for anything else."""
+        values = json.loads(text)
+        report = values["report"]
+        report["rejections"] = [Rejected(**rejected) for rejected in report["rejections"]]
+        values["sources"] = [(name, rows) for name, rows in values["sources"]]
+        parts = {"statistics": Statistics(**values["statistics"]), "report": DropReport(**report)}
+        return cls(**(values | parts))
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """Both splits with the columns input_ids, labels, length and where, mapped from one file."""
+
+    train: datasets.Dataset
+    heldout: datasets.Dataset
+    summary: Summary
+
+    @property
+    def report(self) -> DropReport:
+        return self.summary.report
+
+    @property
+    def digest(self) -> str:
+        return self.summary.digest
+
+
+def checksum(folder: Path) -> str:
+    return fingerprint_of_files([(ROWS, folder / ROWS)])
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a folder of prepared rows, None if nothing is."""
+    try:
+        summary = Summary.from_json((folder / SUMMARY).read_text())
+        if checksum(folder) != summary.checksum:
+            return f"{ROWS} is not as it was written"
+    except Exception as error:  # JSON of another shape raises many types
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def open_prepared(folder: Path) -> EncodedData:
+    """Map the rows of a folder."""
+    summary, rows = Summary.from_json((folder / SUMMARY).read_text()), map_rows(folder / ROWS)
+    heldout = set(summary.heldout)
+    train = [index for index in range(len(rows)) if index not in heldout]
+    return EncodedData(rows.select(train), rows.select(summary.heldout), summary)

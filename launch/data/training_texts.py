@@ -1,0 +1,33 @@
+"""The texts that a tokenizer is trained on."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from launch.common.errors import Reject
+from launch.data.examples.formats import detect_format, to_example
+from launch.data.examples.kinds import ChatExample, PairExample, TextExample
+from launch.data.read import Source
+from launch.data.records import DataError, Record
+
+
+def training_texts(sources: Iterable[Source]) -> Iterator[str]:
+    """Yield the texts of all rows. Raises DataError for rows that are tokenised already."""
+    for source in sources:
+        for record in source.records():
+            if isinstance(record, Record) and (format := detect_format(record.fields)):
+                with suppress(Reject):  # which is counted when rows are encoded
+                    yield from _texts(to_example(record, format))
+
+
+def _texts(example) -> Iterator[str]:
+    if isinstance(example, PairExample):
+        example = example.text
+    if isinstance(example, TextExample):
+        yield example.prompt + example.completion
+    elif isinstance(example, ChatExample):
+        yield from (message["content"] for message in example.messages)
+    else:
+        raise DataError(
+            f"{example.where} is tokenised already, so no tokenizer can be trained on it; use the tokenizer it was "
+            "made with."
+        )
