@@ -30,13 +30,13 @@ def shortened(text: str, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def error_line(error: Exception, limit: int = 300) -> str:
+def error_line(error: BaseException, limit: int = 300) -> str:
     """An error's own text in one line without torch's C++ stack; its type if it has no text."""
     text = " ".join(CPP_STACK.split(str(error))[0].split())
     return shortened(text, limit) or type(error).__name__
 
 
-def typed_error_line(error: Exception, limit: int = 300) -> str:
+def typed_error_line(error: BaseException, limit: int = 300) -> str:
     """`error_line` after the error's type: an error of a library often says too little without it."""
     return f"{type(error).__name__}: {error_line(error, limit)}"
 

@@ -8,6 +8,19 @@ from typing import Any
 from launch.common.errors import Reject
 from launch.common.messages import shortened
 
+NOT_AN_OBJECT = "not a JSON object"
+
+
+class BrokenJson(Reject):
+    """Text is not JSON.
+
+    `line`: the line breaks before the error. `incomplete`: the text may be right up to its end.
+    """
+
+    def __init__(self, detail: str, line: int = 0, incomplete: bool = False) -> None:
+        super().__init__("broken JSON", detail)
+        self.line, self.incomplete = line, incomplete
+
 
 class StrictDecoder:
     """A JSON decoder that also notices duplicate keys, NaN and infinity."""
@@ -30,13 +43,13 @@ class StrictDecoder:
         """Decode the object at `start`; `column` is how many characters of its first line precede `text`.
 
         Returns: the value, the position behind it, and why it is unusable (None if it is an object that is usable).
-        Raises: Reject if the text is broken, and it is unknown where the value ends.
+        Raises: BrokenJson if it is unknown where the value ends.
         """
         value, end = self._decode_at(text, start, column)
         if self._unusable:
             return value, end, self._unusable[0]
         if not isinstance(value, dict):
-            return value, end, Reject("not a JSON object", type(value).__name__)
+            return value, end, Reject(NOT_AN_OBJECT, type(value).__name__)
         return value, end, None
 
     def _decode_at(self, text: str, start: int, column: int) -> tuple[Any, int]:
@@ -44,11 +57,13 @@ class StrictDecoder:
         try:
             return self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise Reject("broken JSON", f"{error.msg}, column {error.colno + column * (error.lineno == 1)}") from None
+            at = error.colno + column * (error.lineno == 1)
+            incomplete = not text[error.pos :].strip()
+            raise BrokenJson(f"{error.msg}, column {at}", error.lineno - 1, incomplete) from None
         except RecursionError:
-            raise Reject("broken JSON", "nested too deeply") from None
+            raise BrokenJson("nested too deeply") from None
         except ValueError as error:  # a number of more than 4300 digits
-            raise Reject("broken JSON", str(error).split(";")[0]) from None
+            raise BrokenJson(str(error).split(";")[0]) from None
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)

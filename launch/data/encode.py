@@ -1,28 +1,59 @@
-"""Encoding of examples as rows of token ids and labels.
+"""Encoding of examples as rows of token ids and labels."""
 
-Prompt and completion are tokenised separately, so that no token straddles the two.
-"""
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
 
 from launch.data.examples.conversation import encode_chat
 from launch.data.examples.kinds import ChatExample, Example, PairExample, TokenExample
-from launch.data.examples.rows import Row, checked_tokens, join, token_ids
+from launch.data.examples.render import ChatTemplate, row_time_limit
+from launch.data.examples.rows import Row, checked_tokens
+from launch.data.examples.text import encode_text
 from launch.data.records import DataError
 
 
-def encode(example: Example, tokenizer, max_length: int) -> Row:
-    """Encode one example as a row.
+class Encoder:
+    """Encodes examples as rows with one tokenizer.
 
-    Raises Reject for a row that cannot be trained on, DataError for a tokenizer that cannot encode it.
+    Args:
+        tokenizer: With its chat template, if it has one.
+        max_length: Longest row in tokens.
+        arguments: Variables for the chat template.
+        day: The date that the chat template is told, today's if None.
+        pairs_as_chat: Write questions and answers with the chat template, where there is one.
     """
-    if isinstance(example, TokenExample):
-        return checked_tokens(example, len(tokenizer), max_length)
-    check_tokenizer(tokenizer, max_length)
-    if isinstance(example, ChatExample):
-        return encode_chat(example, tokenizer, max_length)
-    if isinstance(example, PairExample):
-        example = example.text
-    prompt, completion = token_ids(example.prompt, tokenizer), token_ids(example.completion, tokenizer)
-    return join(prompt, completion, tokenizer, max_length)
+
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int,
+        arguments: Mapping[str, Any] | None = None,
+        day: date | None = None,
+        pairs_as_chat: bool = True,
+    ):
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.template = ChatTemplate(tokenizer, arguments, day)
+        self.pairs_as_chat = pairs_as_chat and bool(tokenizer.chat_template)
+
+    def __call__(self, example: Example) -> Row:
+        """Encode one example.
+
+        Raises Reject for a row that cannot be trained on, DataError for a tokenizer that cannot encode it.
+        """
+        if isinstance(example, TokenExample):
+            return checked_tokens(example, len(self.tokenizer), self.max_length)
+        check_tokenizer(self.tokenizer, self.max_length)
+        with row_time_limit():
+            if isinstance(example, PairExample):
+                example = example.chat if self.pairs_as_chat else example.text
+            if isinstance(example, ChatExample):
+                return encode_chat(example, self.template, self.max_length)
+            return encode_text(example, self.tokenizer, self.max_length)
+
+
+def encode(example: Example, tokenizer, max_length: int) -> Row:
+    """Encode one example with a tokenizer as it is; see `Encoder`."""
+    return Encoder(tokenizer, max_length)(example)
 
 
 def check_tokenizer(tokenizer, max_length: int) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.config.options import SftOptions
 from launch.data.cache import Cache, fingerprint
-from launch.data.encode import encode
+from launch.data.encode import Encoder
 from launch.data.encode_batch import BatchEncoder
 from launch.data.examples.rows import IGNORED
 from launch.data.prepare import prepare
@@ -48,7 +48,7 @@ def _prepare(options: SftOptions, sources: Sources) -> dict:
     cache = Cache(None)
     pieces = train_once(options, cache, sources.train) if options.model is None else None
     tokenizer = load_tokenizer(options, pieces)
-    encoder = BatchEncoder(tokenizer, lambda example: encode(example, tokenizer, options.max_length))
+    encoder = BatchEncoder(tokenizer, Encoder(tokenizer, options.max_length))
     facts = {
         "sources": sources.fingerprints(),
         "tokenizer": describe_tokenizer(tokenizer),

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -40,6 +40,7 @@ def tokenizer_of(pieces: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     vocab = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(BPE(vocab, _merges(pieces, vocab), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL_PIECES])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

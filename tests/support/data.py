@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from launch.data.encode import encode
+from launch.data.encode import Encoder
 from launch.data.encode_batch import BatchEncoder
 from launch.data.prepare import prepare
 from launch.data.prepared import EncodedData, open_prepared
@@ -20,7 +20,7 @@ def prepared(
     **arguments,
 ) -> EncodedData:
     """Return the rows of a source; `arguments` are those of `prepare`."""
-    encoder = BatchEncoder(tokenizer, lambda example: encode(example, tokenizer, max_length))
+    encoder = BatchEncoder(tokenizer, Encoder(tokenizer, max_length))
     with tempfile.TemporaryDirectory() as folder:
         prepare(sources_of(source, eval_source, fraction), encoder, Path(folder), strict=strict, **arguments)
         return open_prepared(Path(folder))

@@ -1,113 +1,99 @@
-"""Encoding of conversations with the tokenizer's chat template, which decides the text and where the answers are.
+"""Encoding of conversations: the chat template's text, tokenised once, of which the answers are learned."""
 
-With one answer, the prompt is what the template renders without it. With several, the template has to mark them
-(`{% generation %}`), as nothing else tells which tokens the assistant wrote.
-"""
-
-import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 from launch.common.errors import Reject
-from launch.common.messages import error_line, typed_error_line
 from launch.data.examples.kinds import ChatExample
-from launch.data.examples.rows import IGNORED, Row, join, strip_left, token_ids
-from launch.data.examples.values import unicode
+from launch.data.examples.render import ChatTemplate
+from launch.data.examples.rows import Row, labelled
+from launch.data.examples.spans import Rendered, render_with_spans
+from launch.data.examples.tokens import Tokens, tokenise
 from launch.data.records import DataError
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+INSTRUCTIONS = ("system", "developer")  # the roles that stay when a conversation loses its first turns
 
 
-def encode_chat(example: ChatExample, tokenizer, max_length: int) -> Row:
-    """Encode a conversation as a row.
+def encode_chat(example: ChatExample, template: ChatTemplate, max_length: int) -> Row:
+    """Encode a conversation as a row that ends with its last learned answer.
 
-    Raises Reject for a conversation that cannot be used, DataError for a tokenizer without a chat template.
+    A conversation that is too long loses whole turns from the left; system messages stay.
+
+    Raises:
+        Reject: The conversation cannot be used.
+        DataError: The tokenizer has no chat template.
     """
-    if not tokenizer.chat_template:
+    check_template(template, example.where)
+    row = _whole(example, template)
+    length = len(row["input_ids"])
+    if length <= max_length:
+        return row
+    turns = _beginnings(example)
+    fits: Row | None = None
+    first, last = 0, len(turns)
+    while first < last:  # the fewest turns to drop
+        middle = (first + last) // 2
+        row = _whole(_from_turn(example, turns[middle]), template)
+        if len(row["input_ids"]) <= max_length:
+            fits, last = row, middle
+        else:
+            first = middle + 1
+    if fits is None:
+        raise Reject(f"conversation longer than max_length {max_length}", f"{length} tokens")
+    fits["prompt_tokens_cut"] = length - len(fits["input_ids"])
+    return fits
+
+
+def check_template(template: ChatTemplate, where: str) -> None:
+    """Raise DataError for a tokenizer without a chat template."""
+    if not template.tokenizer.chat_template:
         raise DataError(
-            f"{example.where} is a conversation, which needs a tokenizer with a chat template, but this one "
-            "has none; use the tokenizer of an instruction-tuned model, or prompt/completion data."
+            f"{where} is a conversation, which needs a tokenizer with a chat template, but this one has none; use "
+            "the tokenizer of an instruction-tuned model, give --chat_template FILE, or prompt/completion data."
         )
-    if example.template_kwargs:
-        raise Reject(
-            "tools, documents and chat_template_kwargs are not supported", ", ".join(example.template_kwargs)
-        )
-    spoken = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
-    if list(example.learned) != spoken or spoken[-1] < len(example.messages) - 1:
-        raise Reject("answers that are not learned, and what follows the last answer, are not supported")
-    answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
-    if any(tokenizer.eos_token in answer.removesuffix(tokenizer.eos_token) for answer in answers):
-        raise Reject("completion holds the end token before its end")
-    if len(answers) == 1:
-        return _one_answer(example, tokenizer, max_length)
-    if not GENERATION.search(_template(tokenizer)):
-        raise Reject(
-            "several answers, which the chat template does not mark: add {% generation %} to it, or split them",
-            f"{len(answers)} answers",
-        )
-    return _marked_answers(example, tokenizer, max_length)
 
 
-def _template(tokenizer) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:  # several templates without a default
-        raise Reject("the tokenizer has no default chat template", error_line(error, 80)) from None
-
-
-def _render(tokenizer, messages, **kwargs):
-    """Apply the chat template. It is a program that came with the model: it may raise anything."""
-    try:
-        rendered = tokenizer.apply_chat_template(messages, **kwargs)
-        return unicode(rendered, "the rendered conversation") if isinstance(rendered, str) else rendered
-    except Reject:
-        raise
-    except Exception as error:
-        raise Reject("the chat template refuses the conversation", typed_error_line(error, 80)) from None
-
-
-def _one_answer(example: ChatExample, tokenizer, max_length: int) -> Row:
-    if len(example.messages) > 1:
-        prompt = _render(tokenizer, example.messages[:-1], tokenize=False, add_generation_prompt=True)
-    else:
-        prompt = ""
-    text = _render(tokenizer, example.messages, tokenize=False)
-    if not text.startswith(prompt):
-        raise Reject("the chat template renders the prompt differently when the answer follows")
-    completion = text[len(prompt) :]
-    # Many templates end a turn with EOS and a newline; the newline would follow EOS.
-    stripped = completion.rstrip()
-    if stripped.endswith(tokenizer.eos_token):
-        completion = stripped
-    return join(token_ids(prompt, tokenizer), token_ids(completion, tokenizer), tokenizer, max_length)
-
-
-def _marked_answers(example: ChatExample, tokenizer, max_length: int) -> Row:
-    encoded = _render(tokenizer, example.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    if 1 not in mask:
-        raise Reject("the chat template marks no answer")
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # After the last answer only its EOS matters, which a template may have left outside the mark.
-    end = len(mask) - mask[::-1].index(1)
-    ids, mask = ids[:end], mask[:end]
-    if ids[-1] != eos:
-        ids, mask = [*ids, eos], [*mask, 1]
-    ids = strip_left(ids, bos)
-    mask = mask[len(mask) - len(ids) :]
-    start = [] if bos is None else [bos]
-    cut = max(0, len(start) + len(ids) - max_length)
-    last_answer = len(mask) - [*mask[::-1], 0].index(0)
-    if cut > last_answer:
-        raise Reject(f"completion longer than max_length {max_length}", f"{len(ids) - last_answer} tokens")
-    # An answer that lost its beginning is context only.
-    first = cut
-    while cut and mask[cut - 1] and first < last_answer and mask[first]:
-        first += 1
-    labels = [token if learn else IGNORED for token, learn in zip(ids, mask, strict=True)]
-    labels[cut:first] = [IGNORED] * (first - cut)
-    if all(label == IGNORED for label in (start + labels[cut:])[1:]):
+def _whole(example: ChatExample, template: ChatTemplate) -> Row:
+    tokenizer = template.tokenizer
+    for index in example.learned:
+        content = example.messages[index].get("content")
+        if isinstance(content, str) and tokenizer.eos_token in content.removesuffix(tokenizer.eos_token):
+            raise Reject("completion holds the end token before its end")
+    rendered = render_with_spans(example, template)
+    boundaries = sorted({edge for span in rendered.spans for edge in span})
+    tokens = tokenise(rendered.text, tokenizer, boundaries)
+    learned = [tokens.overlapping(*span) for span in rendered.spans]
+    learned = [part for part in learned if part.start < part.stop]
+    if not learned:
         raise Reject("no label tokens")
-    return Row(
-        input_ids=start + ids[cut:],
-        labels=[IGNORED] * len(start) + labels[cut:],
-        prompt_tokens_cut=cut,
-    )
+    ids = tokens.ids[: learned[-1].stop]  # nothing is learned from what follows the last answer
+    if not _stops(rendered, tokens, learned, template):
+        ids = [*ids, tokenizer.eos_token_id]
+        learned.append(slice(len(ids) - 1, len(ids)))
+    row = labelled(ids, learned)
+    row["notes"] = rendered.notes
+    return row
+
+
+def _stops(rendered: Rendered, tokens: Tokens, learned: Sequence[slice], template: ChatTemplate) -> bool:
+    """Return whether the last answer ends with a token that ends an answer, with nothing but blanks behind it."""
+    start, end = rendered.spans[-1]
+    written = rendered.text[start:end].rstrip()
+    if tokens.ids[learned[-1].stop - 1] == template.tokenizer.eos_token_id:
+        return True
+    return any(token.end() == len(written) for token in template.special.finditer(written))
+
+
+def _beginnings(example: ChatExample) -> list[int]:
+    """Return the user's messages that a shortened conversation can begin with, the first one left out."""
+    users = [index for index, message in enumerate(example.messages) if message["role"] == "user"]
+    return [index for index in users[1:] if index < example.learned[-1]]
+
+
+def _from_turn(example: ChatExample, begin: int) -> ChatExample:
+    """Return the conversation from a message on, after the system messages that it begins with."""
+    kept = 0
+    while example.messages[kept]["role"] in INSTRUCTIONS:
+        kept += 1
+    learned = tuple(index - begin + kept for index in example.learned if index >= begin)
+    return replace(example, messages=[*example.messages[:kept], *example.messages[begin:]], learned=learned)

@@ -10,7 +10,7 @@ from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
 from launch.data.sources.fingerprint import fingerprint_of_files
 from launch.data.sources.hub import hub_rows, load_hub
-from launch.data.sources.json_files import json_lines, json_list
+from launch.data.sources.json_files import json_rows
 from launch.data.sources.parquet_files import parquet_rows
 
 Reader = Callable[[Path], Records]
@@ -158,9 +158,9 @@ def _directory_rows(folder: Path, held_out: bool) -> Records:
 
 
 READERS: dict[str, Reader] = {
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
-    ".json": json_list,
+    ".jsonl": json_rows,
+    ".ndjson": json_rows,
+    ".json": json_rows,
     ".parquet": parquet_rows,
     ".csv": csv_rows,
     ".tsv": tsv_rows,

@@ -24,7 +24,7 @@ STOP_UNMARKED = PLAIN.replace(
     "{{ 'A:' }}{%- generation -%}{{ m.content }}{%- endgeneration -%}{{ eos_token + '\n' }}",
 )
 NO_STOP = PLAIN.replace(" + eos_token", "")
-UNLIKE = "{{ messages | length }}{{ messages[-1].content }}"
+UNLIKE = "{{ messages | length }}{{ messages[-1].content | upper }}"
 REFUSES = "{{ raise_exception('roles must alternate') }}"
 
 
@@ -79,17 +79,17 @@ def test_a_stop_outside_the_marks_is_learned_once(tokenizer):
     assert row["labels"][-1] == tokenizer.eos_token_id
 
 
-def test_several_answers_without_marks_cost_their_row(tokenizer):
-    with pytest.raises(Reject, match=r"several answers.*generation.*split.*2 answers"):
-        encode(TWO, with_template(tokenizer, PLAIN), 64)
+def test_several_answers_without_marks(tokenizer):
+    row = encode(TWO, with_template(tokenizer, PLAIN), 64)
+    assert tokenizer.decode(row["input_ids"]) == "<s>u:12\nA:34</s>\nu:56\nA:78</s>"
+    assert learned(row, tokenizer) == "34</s>78</s>"
 
 
 def test_templates_of_which_none_is_the_default(tokenizer):
     tokenizer = with_template(tokenizer, {"tool_use": PLAIN, "rag": PLAIN})
-    with pytest.raises(Reject, match="no default chat template"):
-        encode(TWO, tokenizer, 64)
-    with pytest.raises(Reject, match="chat template refuses"):
-        encode(ONE, tokenizer, 64)
+    for example in (ONE, TWO):
+        with pytest.raises(Reject, match="no default chat template"):
+            encode(example, tokenizer, 64)
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
@@ -107,7 +107,7 @@ def test_no_template_is_an_error(tokenizer):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (UNLIKE, "the chat template renders the prompt differently when the answer follows"),
+        (UNLIKE, "the chat template does not show where an answer begins and ends"),
         (REFUSES, "the chat template refuses the conversation"),
     ],
 )
@@ -115,23 +115,6 @@ def test_a_conversation_that_the_template_cannot_render_is_rejected(tokenizer, t
     with pytest.raises(Reject) as caught:
         encode(ONE, with_template(tokenizer, template), 64)
     assert caught.value.reason == reason
-
-
-def test_truncation_of_several_answers(tokenizer):
-    tokenizer = with_template(tokenizer, MARKED)
-    whole = encode(TWO, tokenizer, 64)
-    length = len(whole["input_ids"])
-    seen = set()
-    for max_length in range(4, length):
-        row = encode(TWO, tokenizer, max_length)
-        assert len(row["input_ids"]) == max_length
-        assert row["input_ids"] == [tokenizer.bos_token_id, *whole["input_ids"][length - max_length + 1 :]]
-        assert row["prompt_tokens_cut"] == length - max_length
-        seen.add(learned(row, tokenizer))
-    # An answer is learned whole or not at all.
-    assert seen == {"34</s>78</s>", "78</s>"}
-    with pytest.raises(Reject, match="completion longer than max_length 3"):
-        encode(TWO, tokenizer, 3)
 
 
 def test_chat_file(tmp_path, tokenizer):

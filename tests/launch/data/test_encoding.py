@@ -6,6 +6,7 @@ import random
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -157,6 +158,7 @@ def test_one_bos_and_one_eos(tokenizer, prompt, completion, text):
 def test_without_a_bos_token_none_is_added(tokenizer):
     tokenizer = train_tokenizer(["p c"], 300)
     tokenizer.bos_token = None
+    tokenizer.backend_tokenizer.post_processor = None
     row = encode(TextExample("p", "c", "f:1"), tokenizer, 64)
     assert tokenizer.decode(row["input_ids"]) == "pc</s>"
     assert encode(TextExample("", "c", "f:1"), tokenizer, 64)["labels"][1] == tokenizer.eos_token_id
@@ -215,6 +217,7 @@ def test_tokenised_rows_are_used_as_they_are(tokenizer):
         "input_ids": [5, 6, 7],
         "labels": [-100, 6, -100],
         "prompt_tokens_cut": 0,
+        "notes": [],
     }
 
 
@@ -233,7 +236,8 @@ def test_default_corpus_end_to_end(corpus, tokenizer, monkeypatch):
 
 def test_what_a_tokenizer_refuses_costs_its_row():
     words = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="[UNK]"))  # which it does not have
+    words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
-    assert encode(TextExample("a", "a", "f:1"), tokenizer, 8)["input_ids"] == [0, 0, 1]
+    assert encode(TextExample("a", " a", "f:1"), tokenizer, 8)["input_ids"] == [0, 0, 1]
     with pytest.raises(Reject, match=r"the tokenizer refuses the text .*UNK"):
-        encode(TextExample("a", "b", "f:1"), tokenizer, 8)
+        encode(TextExample("a", " b", "f:1"), tokenizer, 8)

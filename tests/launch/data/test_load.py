@@ -130,7 +130,7 @@ def test_unknown_format_names_the_fields_and_the_known_formats(tmp_path, tokeniz
 
 def test_no_rows_left_names_every_reason(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "bcdefghij"}\n')
+    path.write_text('{"prompt": "a", "completion": ""}\n{"prompt": "a", "completion": "0123456789"}\n')
     with pytest.raises(DataError) as caught:
         load_data(SftOptions(data=str(path), tokenizer_size=300, max_length=4))
     text = str(caught.value)

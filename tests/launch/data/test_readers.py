@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from launch.data.records import DataError, DropReport, Rejected
-from launch.data.sources import json_files
+from launch.data.sources import json_text
 from launch.data.sources.files import iter_records, read_records, source_fingerprint
 
 ROWS = [
@@ -93,7 +93,7 @@ def test_a_json_list_is_the_same_through_any_window(tmp_path, monkeypatch, chunk
     path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(items, indent=2, ensure_ascii=False).encode())
     lines = json.dumps(items, indent=2).splitlines()
     starts = [number for number, line in enumerate(lines, start=2) if line[:2] == "  " and line[2] not in " }"]
-    monkeypatch.setattr(json_files, "CHUNK", chunk)
+    monkeypatch.setattr(json_text, "CHUNK", chunk)
     rows = list(iter_records(str(path)))
     assert [row.where for row in rows] == [f"{path}:{line}" for line in starts]
     assert [row.detail if isinstance(row, Rejected) else row.fields for row in rows] == [
@@ -105,9 +105,170 @@ def test_a_json_list_is_the_same_through_any_window(tmp_path, monkeypatch, chunk
 def test_what_is_broken_in_a_json_list_is_at_its_column(tmp_path, monkeypatch, chunk):
     path = tmp_path / "a.json"
     path.write_text('[{"a": 1}, {"a": 2}, {"a": oh}, {"a": 3}]')
-    monkeypatch.setattr(json_files, "CHUNK", chunk)
+    monkeypatch.setattr(json_text, "CHUNK", chunk)
     *_, last = iter_records(str(path))
     assert last.detail == "broken JSON (Expecting value, column 28)"
+
+
+def indented(*values) -> str:
+    return "\n".join(json.dumps(value, indent=2) for value in values)
+
+
+def line(value) -> str:
+    return json.dumps(value)
+
+
+A, B, C = ({"prompt": name, "completion": "x"} for name in "abc")
+TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+SHAPES = {  # content; the rows with their lines; the lines that are rejected with their reasons
+    "an indented object": (indented(A), [(1, A)], {}),
+    "indented objects": ("\n" + indented(A, B) + "\n\n" + indented(C), [(2, A), (6, B), (11, C)], {}),
+    "lines and an indented object": (f"{line(A)}\n{indented(TALK)}\n{line(C)}", [(1, A), (2, TALK), (14, C)], {}),
+    "an indented conversation": (indented(TALK), [(1, TALK)], {}),
+    "an object with empty lines": ('{\n\n"prompt":\n"a",\n"completion": "x"\n\n}\n' + line(B), [(1, A), (8, B)], {}),
+    "a list over lines": (indented([A, B]), [(2, A), (6, B)], {}),
+    "a list a line": (f"{line([A, B])}\n\n{line([C])}\n", [(1, A), (1, B), (3, C)], {}),
+    "a list, then lines": (
+        f"{indented([A])}\n{line(B)}\n[]\n{line(C)}",
+        [(2, A), (7, B), (9, C)],
+        {8: "not a JSON object"},
+    ),
+    "lists in a list": (f"[{line([A, B])},\n{line([C])}]", [(1, A), (1, B), (2, C)], {}),
+    "a list of numbers": (f"{line(A)}\n[1, 2]\n{line(B)}", [(1, A), (3, B)], {2: "not a JSON object"}),
+    "a list of rows and numbers": (f"{line(A)}\n{line([B, 2])}", [(1, A)], {2: "not a JSON object"}),
+    "messages without a row": (
+        f"{line(A)}\n{line(TALK['messages'])}",
+        [(1, A)],
+        {2: "a list of messages is not a row"},
+    ),
+    "a broken list a line": (f'[{{"prompt": oh}}]\n{line([A])}\n', [(2, A)], {1: "broken JSON"}),
+    "an open list a line": (
+        f"[{line(A)},\n{line([B])}\n{line([C])}",
+        [(1, A)],
+        {2: "broken JSON list, the rest of the file is lost"},
+    ),
+    "a line that lacks its end": (f'{{"prompt": "a",\n{line(B)}\n{line(C)}', [(2, B), (3, C)], {1: "broken JSON"}),
+    "a value that is missing": (f'{{"prompt":\n{line(B)}\n{line(C)}', [(2, B), (3, C)], {1: "broken JSON"}),
+    "a conversation that lacks its end": (f"{line(TALK)[:-3]},\n{line(B)}", [(2, B)], {1: "broken JSON"}),
+    "a broken indented object": (
+        f"{line(A)}\n{indented(B).replace(':', '', 1)}\n{indented(C)}",
+        [(1, A), (6, C)],
+        {2: "broken JSON"},
+    ),
+    "an indented object that is no UTF-8": (
+        f"{indented(A)}\n{indented({'prompt': '?', 'completion': 'b'})}\n{indented(B)}".replace("?", "\udcff"),
+        [(1, A), (9, B)],
+        {5: "not UTF-8"},
+    ),
+    "indented lines, one that lacks its end": (
+        f'  {line(A)}\n  {{"prompt": \n  {line(B)}\n  {line(C)}',
+        [(1, A), (3, B), (4, C)],
+        {2: "broken JSON"},
+    ),
+    "the last object lacks its end": (f"{line(A)}\n{indented(B)[:-2]}", [(1, A)], {2: "broken JSON"}),
+    "something after an object": (f"{indented(A)} x\n{line(B)}", [(5, B)], {1: "broken JSON"}),
+    "a key twice in an indented object": (
+        '{\n"prompt": 1,\n"prompt": 2\n}\n' + line(B),
+        [(5, B)],
+        {1: "duplicate keys"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson.gz", "a.json.zst"])
+@pytest.mark.parametrize(("content", "kept", "dropped"), SHAPES.values(), ids=SHAPES)
+def test_json_of_any_shape(tmp_path, name, content, kept, dropped):
+    path = tmp_path / name
+    path.write_bytes(
+        {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)(content.encode(errors="surrogateescape"))
+    )
+    report = DropReport()
+    records = read_records(str(path), report)
+    assert [(record.where, record.fields) for record in records] == [(f"{path}:{line}", row) for line, row in kept]
+    assert {r.where: r.reason for r in report.rejections} == {f"{path}:{line}": why for line, why in dropped.items()}
+    assert len(report.rejections) == len(dropped) and not report.left_out
+
+
+def test_an_indented_object_is_read_however_long_it_is(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": str(n)} for n in range(length)]} for length in range(40)]
+    path = tmp_path / "a.jsonl"
+    path.write_text(indented(*rows))
+    assert [record.fields for record in read_records(str(path), DropReport(), strict=True)] == rows
+
+
+def test_lines_lost_with_a_broken_object_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{json.dumps(A)}\n{{\n  "prompt": "a",\n\n  "completion": oh\n}}\n\n{json.dumps(B)}')
+    report = DropReport()
+    assert len(read_records(str(path), report)) == 2
+    assert [str(r) for r in report.rejections] == [
+        f"{path}:2: broken JSON (Expecting value, column 17 of line 5: 4 lines are lost with it)"
+    ]
+
+
+WRAPPED = {  # content; the name of the list; its rows with their lines; what else the object holds
+    "over lines": (indented({"data": [A, B]}), "data", [(3, A), (7, B)], ""),
+    "on one line": (json.dumps({"rows": [A, B]}), "rows", [(1, A), (1, B)], ""),
+    "after and before others": (
+        indented({"version": "1", "counts": [1, [{}]], "none": None, "items": [A], "about": {"rows": [B]}}),
+        "items",
+        [(11, A)],
+        "; not read: version, counts, none, about",
+    ),
+    "with an empty list beside it": (indented({"train": [A], "test": []}), "train", [(3, A)], "; not read: test"),
+}
+
+
+@pytest.mark.parametrize("chunk", [3, 2**20])
+@pytest.mark.parametrize(("content", "name", "rows", "others"), WRAPPED.values(), ids=WRAPPED)
+def test_the_rows_of_one_object(tmp_path, monkeypatch, content, name, rows, others, chunk):
+    monkeypatch.setattr(json_text, "CHUNK", chunk)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(content.encode()))
+    report = DropReport()
+    records = read_records(str(path), report, strict=True)
+    assert [(record.where, record.fields) for record in records] == [(f"{path}:{line}", row) for line, row in rows]
+    assert report.left_out == [f"{path} holds one JSON object: its list {name!r} is read as rows{others}"]
+
+
+NOT_WRAPPED = {
+    "a conversation": TALK,
+    "ShareGPT": {"id": 1, "conversations": [{"from": "human", "value": "a"}]},
+    "a row with sources": A | {"sources": [{"title": "b"}]},
+    "no objects": {"names": ["a", "b"], "data": [[A]]},
+}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("row", NOT_WRAPPED.values(), ids=NOT_WRAPPED)
+def test_one_object_that_is_a_row(tmp_path, row, indent):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(row, indent=indent))
+    assert [record.fields for record in read_records(str(path), DropReport(), strict=True)] == [row]
+
+
+def test_lines_that_each_hold_a_list_are_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"data": [A]}, {"data": [B, C]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [record.fields for record in read_records(str(path), DropReport(), strict=True)] == rows
+
+
+def test_one_object_with_two_lists_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(indented({"train": [A], "test": [B]}))
+    with pytest.raises(DataError, match=r"several lists of objects \(train, test\), but one"):
+        read_records(str(path), DropReport())
+
+
+def test_one_object_that_lacks_its_end(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(indented({"version": 1, "data": [A, B, C]})[:-40])
+    report = DropReport()
+    assert [record.fields for record in read_records(str(path), report)] == [A, B]
+    assert [(r.where, r.reason) for r in report.rejections] == [
+        (f"{path}:12", "broken JSON list, the rest of the file is lost")
+    ]
 
 
 def test_keys_that_arrow_filled_with_null_are_absent_at_every_depth(tmp_path):

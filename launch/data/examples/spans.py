@@ -1,0 +1,200 @@
+"""Which characters of a rendered conversation are learned: every answer as the template writes it, and its stop.
+
+The template's own marks (`{% generation %}`) say it where it has them. Without marks, an answer is what the template
+adds between the conversation up to it, with a generation prompt, and the conversation including it. Templates that
+write earlier turns differently once others follow are asked again, with other words in the answer's place.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from launch.common.errors import Reject
+from launch.data.examples.kinds import ChatExample
+from launch.data.examples.render import ChatTemplate, Messages, Span
+
+WAY_OUT = "give --chat_template a template that marks answers with {% generation %}"
+# Two answers that share neither their first nor their last character, so that only their surroundings are alike.
+OTHER_ANSWERS = ("Qx0Z", "7jWk")
+
+
+@dataclass
+class Rendered:
+    """A conversation's text, the characters to learn in order, and what the user may want to know."""
+
+    text: str
+    spans: list[Span]
+    notes: list[str] = field(default_factory=list)
+
+
+def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
+    """Render a conversation and find its learned answers. Raises Reject where they cannot be told for certain."""
+    if template.has_marks(example.template_kwargs):
+        rendered = _marked(example, template)
+    else:
+        rendered = _unmarked(example, template)
+    rendered.spans = [_one_stop(rendered.text, span, template) for span in rendered.spans]
+    return rendered
+
+
+def _marked(example: ChatExample, template: ChatTemplate) -> Rendered:
+    text, marks = template.render_with_marks(example.messages, example.template_kwargs)
+    answers = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
+    if not marks:
+        raise Reject("the chat template marks no answer", "its {% generation %} holds none of this conversation")
+    paired = zip(answers, marks, strict=True) if len(marks) == len(answers) else None
+    for index in example.learned:
+        content = example.messages[index].get("content")
+        if not any(_holds(text[start:end], content) for start, end in marks):
+            raise Reject("the chat template's {% generation %} marks do not hold the answers", WAY_OUT)
+    if len(example.learned) == len(answers):
+        return Rendered(text, marks)
+    if paired is not None:
+        return Rendered(text, [mark for index, mark in paired if index in example.learned])
+    unlearned = tuple(index for index in answers if index not in example.learned)
+    skipped = [_unmarked_span(index, text, example, template)[0] for index in unlearned]
+    return Rendered(text, [mark for mark in marks if not any(_overlap(mark, span) for span in skipped)])
+
+
+def _unmarked(example: ChatExample, template: ChatTemplate) -> Rendered:
+    text = template.render(example.messages, example.template_kwargs)
+    spans, notes = [], []
+    for index in example.learned:
+        span, note = _unmarked_span(index, text, example, template)
+        spans.append(span)
+        notes += [note] if note and note not in notes else []
+    if any(span[0] < previous[1] for previous, span in pairwise(spans)):
+        raise Reject("the chat template writes two answers in one place", WAY_OUT)
+    return Rendered(text, spans, notes)
+
+
+def _unmarked_span(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span, str]:
+    """Return the characters of one answer, and a note where the template had to be asked twice."""
+    messages, arguments = example.messages, example.template_kwargs
+    prompt = _rendered_or_none(template, messages[:index], arguments, generation_prompt=True)
+    last = index == len(messages) - 1
+    answered = text if last else _rendered_or_none(template, messages[: index + 1], arguments)
+    added = (
+        prompt is not None
+        and answered is not None
+        and len(prompt) < len(answered)
+        and answered.startswith(prompt)
+        and text.startswith(answered)
+    )
+    if added and template.opens_answers:
+        return (len(prompt), len(answered)), ""
+    opened = prompt and answered and text.startswith(prompt) and answered.startswith(prompt)
+    if opened and template.opens_answers and (end := _common_stop(len(prompt), text, answered, template)):
+        return (len(prompt), end), ""
+    place, otherwise = _place_of_content(index, text, example, template)
+    if place is None:
+        raise Reject(otherwise, WAY_OUT)
+    start, end = place
+    if added:  # what the template adds begins with a header that its generation prompt lacks
+        start = len(prompt) if not text[len(prompt) : start].strip() else start
+        return (start, max(end, len(answered))), ""
+    note = ""
+    if prompt is not None and text[:start].startswith(prompt):
+        start = len(prompt)  # the model writes all that follows its prompt
+    elif prompt is not None:
+        common = _alike(prompt, text)
+        shown = prompt[common:].strip()
+        note = f"the generation prompt opens with {shown!r}, which answers do not show" if shown else ""
+    return (start, _with_stop(text, end, template)), note
+
+
+def _common_stop(start: int, text: str, answered: str, template: ChatTemplate) -> int:
+    """Return the end of the answer's stop, if nothing but special tokens follows it in `answered`; 0 otherwise.
+
+    Some templates end a conversation with a token that goes once another turn follows.
+    """
+    common = _alike(text, answered)
+    for token in template.special.finditer(answered, start):
+        rest = template.special.sub("", answered[token.end() :])
+        if token[0] in template.stops and not rest.strip():
+            return token.end() if token.end() <= common else 0
+    return 0
+
+
+def _place_of_content(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span | None, str]:
+    """Return where the content of a message stands in `text`, found by writing other words in its place."""
+    unclear = "the chat template does not show where an answer begins and ends"
+    if not isinstance(example.messages[index].get("content"), str):
+        return None, unclear
+    others = []
+    for words in OTHER_ANSWERS:
+        messages = [*example.messages]
+        messages[index] = {**messages[index], "content": words}
+        try:
+            others.append(template.render(messages, example.template_kwargs))
+        except Reject:
+            return None, unclear
+    start = _alike(text, *others)
+    ending = _alike(*(each[start:][::-1] for each in (text, *others)))
+    end = len(text) - ending
+    shown = [each[start : len(each) - ending] for each in others]
+    if not all(words in seen for words, seen in zip(OTHER_ANSWERS, shown, strict=True)) or end <= start:
+        return None, unclear
+    if not _holds(text[start:end], example.messages[index]["content"]):
+        return None, "the chat template writes an answer's words differently"
+    return (start, end), ""
+
+
+def _holds(written: str, content: Any) -> bool:
+    """Return whether a template wrote a message's content, or a part of it (without its thoughts), as it is."""
+    if not isinstance(content, str) or not content.strip():
+        return True
+    written, content = "".join(written.split()), "".join(content.split())
+    return bool(written) and (content in written or written in content or content.endswith(written[-40:]))
+
+
+def _with_stop(text: str, end: int, template: ChatTemplate) -> int:
+    """Return the end of the stop that follows an answer after blanks only, else `end`."""
+    after = text[end:]
+    blank = len(after) - len(after.lstrip())
+    found = template.special.match(after, blank)
+    return end + found.end() if found and found[0] in template.stops else end
+
+
+def _one_stop(text: str, span: Span, template: ChatTemplate) -> Span:
+    """Extend a span to a stop that stands behind it, or end it at the first of several; blanks after a stop go."""
+    start, end = span
+    written = text[start:end]
+    tail = re.compile(rf"(?:{template.special.pattern})(?:\s*(?:{template.special.pattern}))*\s*\Z")
+    found = tail.search(written)
+    if found is None:
+        return start, _with_stop(text, end, template)
+    for token in template.special.finditer(written, found.start()):
+        if token[0] in template.stops:
+            return start, start + token.end()
+    stop = _with_stop(text, end, template)
+    return start, stop if stop != end else start + len(written.rstrip())
+
+
+def _alike(first: str, *others: str) -> int:
+    """Return how many characters the texts begin with alike."""
+    low, high = 0, min(map(len, (first, *others)))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if all(each.startswith(first[low:middle], low) for each in others):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _rendered_or_none(
+    template: ChatTemplate, messages: Messages, arguments: Mapping[str, Any], generation_prompt: bool = False
+) -> str | None:
+    if not messages:
+        return None
+    try:
+        return template.render(messages, arguments, generation_prompt)
+    except Reject:
+        return None

@@ -1,0 +1,48 @@
+"""Encoding of a prompt and its completion: the tokens of the joined text, of which the completion is learned."""
+
+from launch.common.errors import Reject
+from launch.data.examples.kinds import TextExample
+from launch.data.examples.rows import Row, labelled
+from launch.data.examples.tokens import tokenise
+
+
+def encode_text(example: TextExample, tokenizer, max_length: int) -> Row:
+    """Encode prompt and completion as a row, which ends with EOS and begins as the tokenizer begins a text.
+
+    A prompt that is too long loses tokens on its left, after BOS; a completion is never cut.
+    Raises Reject for a completion that cannot be used.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    prompt, completion = example.prompt, _without_ends(example.completion, eos)
+    if eos in completion:
+        raise Reject("completion holds the end token before its end")
+    text = prompt + completion
+    begin = len(text) - len(_without_starts(text, bos)) if bos else 0
+    text, start = text[begin:], max(0, len(prompt) - begin)
+    tokens = tokenise(text, tokenizer, (start,), special_tokens=True)
+    learned = tokens.overlapping(start, len(text))
+    if learned.start >= len(tokens.ids):
+        raise Reject("completion has no tokens")
+    ids = [*tokens.ids, tokenizer.eos_token_id]
+    front = sum(span == (0, 0) for span in tokens.spans[: learned.start])
+    cut = len(ids) - max_length
+    if cut > learned.start - front:
+        needed = len(ids) - learned.start + front
+        raise Reject(f"completion longer than max_length {max_length}", f"{needed} tokens")
+    row = labelled(ids, [slice(learned.start, len(ids))])
+    if cut > 0:
+        del row["input_ids"][front : front + cut], row["labels"][front : front + cut]
+        row["prompt_tokens_cut"] = cut
+    return row
+
+
+def _without_starts(text: str, bos: str) -> str:
+    while text.startswith(bos):
+        text = text[len(bos) :]
+    return text
+
+
+def _without_ends(text: str, eos: str) -> str:
+    while text.endswith(eos):
+        text = text[: -len(eos)]
+    return text

@@ -1,0 +1,118 @@
+"""Tokens of a text, and which of them overlap the characters to learn.
+
+The text is tokenised once, whole: what stands in a row is what the tokenizer makes of the text, with no seams.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.common.errors import Reject
+from launch.common.messages import error_line, typed_error_line
+from launch.data.examples.render import LARGEST_TEXT, Span
+
+
+@dataclass
+class Tokens:
+    """Token ids, and the characters of the text that each stands for, in order."""
+
+    ids: list[int]
+    spans: list[Span]
+
+    def overlapping(self, start: int, end: int) -> slice:
+        """Return which tokens overlap the characters from `start` to `end`."""
+        first = bisect_right(self.spans, start, key=lambda span: span[1])
+        return slice(first, max(first, bisect_left(self.spans, end, key=lambda span: span[0])))
+
+
+def tokenise(text: str, tokenizer, boundaries: Sequence[int] = (), special_tokens: bool = False) -> Tokens:
+    """Tokenise a text.
+
+    Args:
+        text: All of a row's text.
+        tokenizer: A fast one tells its tokens' characters.
+        boundaries: Characters at which spans begin or end, ascending: a tokenizer without offsets is asked for the
+            tokens up to each.
+        special_tokens: Put those in front that the tokenizer puts there by habit (BOS); at the end, none.
+
+    Raises:
+        Reject: The tokenizer refuses the text.
+    """
+    if len(text) > LARGEST_TEXT:
+        raise Reject(f"longer than {LARGEST_TEXT:,} characters", f"{len(text):,}")
+    if not tokenizer.is_fast:
+        return _without_offsets(text, tokenizer, boundaries, special_tokens)
+    # verbose=False: no warning about model_max_length, as the length is checked elsewhere.
+    encoded = _call(
+        tokenizer,
+        text,
+        add_special_tokens=special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    front = 0
+    if special_tokens:
+        added = [
+            bool(mark) and start == end
+            for mark, (start, end) in zip(encoded["special_tokens_mask"], offsets, strict=True)
+        ]
+        back = len(ids)
+        while back and added[back - 1]:
+            back -= 1
+        while front < back and added[front]:
+            front += 1
+        ids, offsets = ids[:back], offsets[:back]
+    return Tokens(ids, [(0, 0)] * front + _without_gaps(offsets[front:], len(text)))
+
+
+def _without_gaps(offsets: Sequence[Span], length: int) -> list[Span]:
+    """Give tokens without characters of their own (blanks that were trimmed) those between their neighbours."""
+    spans = list(offsets)
+    if all(start < end for start, end in spans):
+        return spans
+    reached = 0
+    for index, (start, end) in enumerate(spans):
+        if start == end:
+            spans[index] = (reached, reached)
+        reached = spans[index][1]
+    following = length
+    for index in range(len(spans) - 1, -1, -1):
+        if spans[index][0] == spans[index][1]:
+            spans[index] = (spans[index][0], following)
+        else:
+            following = spans[index][0]
+    return spans
+
+
+def _without_offsets(text: str, tokenizer, boundaries: Sequence[int], special_tokens: bool) -> Tokens:
+    """Place tokens between boundaries by the tokens of the text up to each. Raises Reject where these differ."""
+    whole = _call(tokenizer, text, add_special_tokens=False)["input_ids"]
+    places, reached, cut = [], 0, 0
+    for boundary in [*boundaries, len(text)]:
+        count = len(whole) if boundary == len(text) else 0
+        if not count:
+            part = _call(tokenizer, text[:boundary], add_special_tokens=False)["input_ids"]
+            alike = (index for index, (one, other) in enumerate(zip(part, whole, strict=False)) if one != other)
+            count = next(alike, min(len(part), len(whole)))
+            if len(part) - count > 1:  # more than the one token that may straddle the boundary
+                raise Reject("the tokenizer gives no offsets, and splits the text otherwise without its end")
+        count = max(count, reached)
+        places += [(cut, boundary)] * (count - reached)
+        reached, cut = count, boundary
+    start: list[int] = []
+    if special_tokens:
+        habit = _call(tokenizer, "", add_special_tokens=True)["input_ids"]
+        start = habit[:1] if tokenizer.bos_token_id is not None and habit[:1] == [tokenizer.bos_token_id] else []
+    return Tokens(start + whole, [(0, 0)] * len(start) + places)
+
+
+def _call(tokenizer, text: str, **options):
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except Exception as error:  # the tokenizer came with the model, and may raise anything
+        raise Reject("the tokenizer refuses the text", error_line(error, 80)) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Rust's panics become is no Exception
+            raise
+        raise Reject("the tokenizer fails on the text", typed_error_line(error, 80)) from None

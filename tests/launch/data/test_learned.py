@@ -1,0 +1,240 @@
+"""What is learned of a conversation, by kinds of tokenizer and template: answers, their stops, and nothing else."""
+
+from datetime import date
+
+import pytest
+
+from launch.common.errors import Reject
+from launch.data.encode import Encoder, encode
+from launch.data.examples.kinds import ChatExample, PairExample, TextExample
+from launch.data.examples.render import row_time_limit
+from tests.support.tokenizers import CHATML, byte_level, learned_texts, llama_2_like, without_offsets
+
+HEADER = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+OPEN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+MARKED = "{%% if m.role == 'assistant' %%}{%% generation %%}%s{%% endgeneration %%}{%% else %%}%s{%% endif %%}"
+TURN = "{{ m.content + '<|im_end|>\n' }}"
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "unmarked": CHATML,
+    "marked up to the newline": HEADER + MARKED % (TURN, TURN) + "{% endfor %}" + OPEN,
+    "stop outside the mark": HEADER
+    + MARKED % ("{{ m.content }}", "{{ m.content }}")
+    + "{{ '<|im_end|>\n' }}{% endfor %}"
+    + OPEN,
+    "marks that hold no stop and no newline": HEADER
+    + MARKED % ("{{ m.content }}", "{{ m.content }}")
+    + "{{ '<|im_end|>' }}{% endfor %}"
+    + OPEN,
+    "earlier thoughts are dropped": HEADER
+    + "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    + TURN
+    + "{% endfor %}"
+    + OPEN,
+    "a thought is opened": CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"),
+    "a last token that goes": HEADER
+    + TURN
+    + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}"
+    + "{% endif %}",
+    "no generation prompt": HEADER + TURN + "{% endfor %}",
+    "the system prompt moves to the last user turn": (
+        "{% for m in messages %}{% set last = loop.index0 >= loop.length - 2 %}"
+        "{{ '<|im_start|>' + m.role + '\n' + ('Be brief. ' if m.role == 'user' and last else '') + m.content }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}" + OPEN
+    ),
+}
+TURNS = [("user", "Hi"), ("assistant", "Hello."), ("user", "2+2?"), ("assistant", "4"), ("user", "thanks")]
+
+
+def chat(turns, learned=None, **template_kwargs) -> ChatExample:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answers = tuple(index for index, (role, _) in enumerate(turns) if role == "assistant")
+    return ChatExample(messages, "f:1", answers if learned is None else learned, template_kwargs)
+
+
+def stripped(row, tokenizer) -> list[str]:
+    return [text.removeprefix("<think>\n\n</think>\n\n").rstrip() for text in learned_texts(row, tokenizer)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("turns", [2, 3, 4, 5])
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_every_answer_and_its_stop_once(template, turns, system, eos):
+    tokenizer = byte_level(eos, template=template)
+    turned = [*([("system", "Be kind.")] if system else []), *TURNS[:turns]]
+    row = encode(chat(turned), tokenizer, 256)
+    answers = [content + "<|im_end|>" for role, content in turned if role == "assistant"]
+    assert stripped(row, tokenizer) == answers
+    assert row["labels"][-1] != -100 and row["input_ids"].count(tokenizer.convert_tokens_to_ids(eos)) <= turns + 1
+    whole = tokenizer.apply_chat_template(
+        [dict(zip(("role", "content"), t, strict=True)) for t in turned], tokenize=False
+    )
+    assert whole.startswith(tokenizer.decode(row["input_ids"]))
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("answer", ["1", " 4", "\n4", "<4", "user", "Hi", "Be kind.", "héé😀", "\tx = 1\n\ty"])
+def test_answers_that_look_like_their_surroundings(template, answer):
+    tokenizer = byte_level("<|im_end|>", template=template)
+    turns = [("user", answer), ("assistant", answer), ("user", answer), ("assistant", answer)]
+    assert stripped(encode(chat(turns), tokenizer, 256), tokenizer) == [f"{answer}<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("learned", [(1,), (3,)])
+def test_an_answer_that_is_not_to_be_learned_is_context(template, learned):
+    tokenizer = byte_level("<|im_end|>", template=template)
+    row = encode(chat(TURNS, learned), tokenizer, 256)
+    assert stripped(row, tokenizer) == [TURNS[learned[0]][1] + "<|im_end|>"]
+
+
+def test_an_earlier_thought_is_no_part_of_what_is_learned():
+    """Answers before the last are learned as the template writes them: without the thought of the last one."""
+    tokenizer = byte_level("<|im_end|>", template=TEMPLATES["earlier thoughts are dropped"])
+    texts = learned_texts(encode(chat(TURNS[:4]), tokenizer, 256), tokenizer)
+    assert texts == ["Hello.<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"]
+
+
+def test_a_thought_that_answers_do_not_show_is_noted():
+    tokenizer = byte_level("<|im_end|>", template=TEMPLATES["a thought is opened"])
+    row = encode(chat(TURNS[:2]), tokenizer, 256)
+    assert row["notes"] == ["the generation prompt opens with '<think>', which answers do not show"]
+
+
+@pytest.mark.parametrize("make", [llama_2_like, without_offsets])
+def test_no_seam_before_an_answer(make):
+    """Tokens are those of the whole text: no dummy prefix makes a space in the middle of it."""
+    tokenizer = make(ZEPHYR)
+    row = encode(chat([("user", "hello"), ("assistant", "yes no")]), tokenizer, 256)
+    whole = tokenizer("<|user|>\nhello</s>\n<|assistant|>\nyes no</s>\n", add_special_tokens=False)["input_ids"]
+    assert row["input_ids"] == whole[: len(row["input_ids"])]
+    learned = [label for label in row["labels"] if label != -100]
+    assert tokenizer.convert_ids_to_tokens(learned)[-1] == "</s>"
+    assert tokenizer.decode(learned) == "yes no</s>"
+    text = encode(TextExample("hello\n", "yes", "f:1"), tokenizer, 256)
+    assert text["input_ids"] == [*tokenizer("hello\nyes")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode([label for label in text["labels"] if label != -100]) == "yes</s>"
+
+
+def test_several_answers_without_a_generation_prompt():
+    tokenizer = llama_2_like(LLAMA_2)
+    row = encode(chat([("user", "one"), ("assistant", "yes"), ("user", "two"), ("assistant", "no")]), tokenizer, 256)
+    assert [text.strip() for text in learned_texts(row, tokenizer)] == ["yes </s>", "no </s>"]
+    assert tokenizer.decode(row["input_ids"]) == "<s>[INST] one [/INST] yes </s><s>[INST] two [/INST] no </s>"
+
+
+def test_a_template_without_stops_ends_with_eos():
+    template = "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+    tokenizer = byte_level("<|endoftext|>", template=template)
+    assert learned_texts(encode(chat(TURNS[:4]), tokenizer, 256), tokenizer) == ["Hello.\n", "4\n<|endoftext|>"]
+
+
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_bos_is_the_templates(bos):
+    for template in (CHATML, "{{ '<s>' }}" + CHATML):
+        tokenizer = byte_level("<|im_end|>", bos or "<s>", template)
+        text = tokenizer.decode(encode(chat(TURNS[:2]), tokenizer, 256)["input_ids"])
+        assert text.count("<s>") == template.count("<s>")
+
+
+def test_pairs_go_through_the_chat_template_where_there_is_one():
+    pair = PairExample(TextExample("Question: Hi\nAnswer:", " Hello.", "f:1"), chat(TURNS[:2]))
+    tokenizer = byte_level("<|im_end|>")
+    assert encode(pair, tokenizer, 256) == encode(pair.chat, tokenizer, 256)
+    assert Encoder(tokenizer, 256, pairs_as_chat=False)(pair) == encode(pair.text, tokenizer, 256)
+    tokenizer.chat_template = None
+    assert encode(pair, tokenizer, 256) == encode(pair.text, tokenizer, 256)
+
+
+def test_a_dated_template_prints_the_day_that_it_is_given():
+    tokenizer = byte_level("<|im_end|>", template="{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML)
+    row = Encoder(tokenizer, 256, day=date(2024, 2, 29))(chat(TURNS[:2]))
+    assert tokenizer.decode(row["input_ids"]).startswith("Today: 29 Feb 2024\n<|im_start|>user")
+    today = tokenizer.decode(encode(chat(TURNS[:2]), tokenizer, 256)["input_ids"])
+    assert date.today().strftime("Today: %d %b %Y") in today
+
+
+def test_arguments_of_the_template_and_of_the_row():
+    template = "{{ 'T' if tools else '' }}{{ 'K' if kind else '' }}{{ name or '' }}" + CHATML
+    tokenizer = byte_level("<|im_end|>", template=template)
+    encoder = Encoder(tokenizer, 256, arguments={"kind": True, "name": "run"})
+    example = chat(TURNS[:2], name="row", tools=[{"type": "function", "function": {"name": "f"}}])
+    assert tokenizer.decode(encoder(example)["input_ids"]).startswith("TKrow<|im_start|>")
+
+
+def test_a_conversation_that_is_too_long_loses_whole_turns():
+    tokenizer = byte_level("<|im_end|>")
+    turns = [("system", "Be kind."), *TURNS[:4], ("user", "3+3?"), ("assistant", "6")]
+    whole = encode(chat(turns), tokenizer, 256)
+    kept = {}
+    for max_length in range(len(whole["input_ids"]), 2, -1):
+        try:
+            row = encode(chat(turns), tokenizer, max_length)
+        except Reject as reject:
+            assert reject.reason == f"conversation longer than max_length {max_length}"
+            continue
+        assert len(row["input_ids"]) <= max_length
+        assert len(row["input_ids"]) + row["prompt_tokens_cut"] == len(whole["input_ids"])
+        kept[tokenizer.decode(row["input_ids"])] = learned_texts(row, tokenizer)
+    system, turn = (
+        "<|im_start|>system\nBe kind.<|im_end|>\n",
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>",
+    )
+    asked = [turn.format("Hi", "Hello."), turn.format("2+2?", "4"), turn.format("3+3?", "6")]
+    assert list(kept) == [system + "\n".join(asked[first:]) for first in range(3)]
+    assert list(kept.values()) == [["Hello.<|im_end|>", "4<|im_end|>", "6<|im_end|>"][first:] for first in range(3)]
+
+
+def test_tools_calls_are_learned_and_their_results_are_not():
+    template = CHATML.replace(
+        "(m.content or '') +",
+        "(m.content or '') + ('<call>' + m.tool_calls[0].function | tojson + '</call>' if m.tool_calls else '') +",
+    )
+    tokenizer = byte_level("<|im_end|>", template=template)
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "mul"}}]}
+    messages = [{"role": "user", "content": "2*3?"}, call, {"role": "tool", "content": "6"}]
+    example = ChatExample([*messages, {"role": "assistant", "content": "It is 6."}], "f:1", (1, 3))
+    assert learned_texts(encode(example, tokenizer, 256), tokenizer) == [
+        '<call>{"name": "mul"}</call><|im_end|>',
+        "It is 6.<|im_end|>",
+    ]
+
+
+def test_a_template_that_does_not_end_loses_its_row():
+    endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}"
+    tokenizer = byte_level("<|im_end|>", template=endless + "{% endfor %}" + CHATML)
+    with pytest.raises(Reject, match=r"takes longer than 0\.2 seconds"), row_time_limit(0.2):
+        encode(chat(TURNS[:2]), tokenizer, 256)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not show where an answer begins"),
+        (
+            CHATML.replace("(m.content or '')", "(m.content if loop.last else m.content.replace('l', 'L'))"),
+            "writes an answer's words differently",
+        ),
+        ("{{ messages | length }}", "does not show where an answer begins"),
+        (HEADER + "{% generation %}{{ m.role }}{% endgeneration %}{{ m.content }}{% endfor %}", "marks"),
+        (CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}", "marks no answer"),
+    ],
+)
+def test_a_template_that_hides_the_answer_is_refused_with_a_way_out(template, reason):
+    with pytest.raises(Reject, match=reason) as caught:
+        encode(chat(TURNS[:4]), byte_level("<|im_end|>", template=template), 256)
+    assert "generation %}" in str(caught.value)
+
+
+def test_a_row_of_many_spaces_costs_no_more_than_its_row():
+    with pytest.raises(Reject, match="longer than"):
+        encode(TextExample("p", " " * (11 << 20), "f:1"), byte_level("<|im_end|>"), 256)
