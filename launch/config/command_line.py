@@ -10,9 +10,10 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from launch.common.errors import UserError
 from launch.common.messages import did_you_mean
+from launch.config.limits import REFUSED, check_values
 from launch.config.options import GROUPS, SftOptions, check_options
 from launch.config.recipe import DEFAULT_RECIPE, check_recipe_values, recipe_argv
-from launch.config.training_arguments import HELP, HIDDEN, REFUSED, SftTrainingArguments, check_values
+from launch.config.training_arguments import HELP, HIDDEN, SftTrainingArguments
 
 HELP_ALL = "--help-all"
 OWN = {f.name for f in fields(SftOptions)}

@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.common.errors import UserError
 from launch.common.paths import CHECKPOINT
-from launch.config.training_arguments import BEST_METRICS
+from launch.config.limits import BEST_METRICS
 from launch.model.attention_mask import padding_is_unseen
 from launch.process.device import peak_memory_gib
 from launch.process.ranks import from_main, is_main, on_all_ranks

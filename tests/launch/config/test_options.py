@@ -11,9 +11,10 @@ import yaml
 from launch.common.errors import UserError
 from launch.config.command_line import parse_options
 from launch.config.deepspeed import DS_CONFIGS, deepspeed_config
+from launch.config.limits import REFUSED
 from launch.config.options import SftOptions
 from launch.config.recipe import DEFAULT_RECIPE, resolved
-from launch.config.training_arguments import HELP, HIDDEN, REFUSED, SftTrainingArguments
+from launch.config.training_arguments import HELP, HIDDEN, SftTrainingArguments
 
 MODEL = ("--model", "somewhere")
 
