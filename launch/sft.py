@@ -11,6 +11,11 @@ from pathlib import Path
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.config.early import end_on_mistake
+
+if __name__ == "__main__":
+    end_on_mistake(sys.argv[1:])
+
 from launch.process.environment import keep_quiet, share_cores
 from launch.process.launcher import follow_launcher
 

@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass, field
 
 from launch.common.errors import UserError
-from smoothing.linear.chunks import chunk_bytes_problem
 
 
 @dataclass
@@ -138,8 +137,11 @@ def check_options(options: SftOptions) -> None:
     """Raise `UserError` for a value out of its range, or two that contradict each other."""
     if not 0.0 <= options.smoothing <= 1.0:
         raise UserError(f"--smoothing must lie in [0, 1], got {options.smoothing}")
-    if problem := chunk_bytes_problem(options.chunk_bytes):
-        raise UserError(f"--{problem}")
+    if options.chunk_bytes is not None:
+        from smoothing.linear.chunks import chunk_bytes_problem  # imports torch
+
+        if problem := chunk_bytes_problem(options.chunk_bytes):
+            raise UserError(f"--{problem}")
     if options.tp < 1:
         raise UserError(f"--tp must be at least 1, got {options.tp}")
     if options.model and options.model_config:

@@ -4,13 +4,15 @@ import json
 from collections.abc import Hashable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import TrainingArguments
 
 from launch.common.errors import UserError
 from launch.config.options import SftOptions
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "default.yaml"
 # of this machine or this run alone, secret, or an argument that is no value
@@ -19,10 +21,10 @@ NOT_IN_A_RECIPE = {"recipe", "sanity", "output_dir", "use_cpu", "dataloader_pin_
 FLAGS_ONLY = ("trust_remote_code", "push_to_hub", "hub_token")
 
 
-def recipe_argv(path: Path) -> list[str]:
+def recipe_argv(recipe: dict[Any, Any], path: Path) -> list[str]:
     """A recipe's keys and values as flags, so that they are held to the same types. Raises `UserError`."""
     argv = []
-    for key, value in _read(path).items():
+    for key, value in recipe.items():
         if key in ("recipe", "local_rank") or not isinstance(key, str):
             raise UserError(f"{path}: {key!r} is not a key of a recipe; remove it")
         if value is None:
@@ -47,8 +49,10 @@ def check_recipe_values(values: dict[str, Any], path: Path) -> None:
             )
 
 
-def resolved(options: SftOptions, training: TrainingArguments, deepspeed: str | None) -> dict[str, Any]:
+def resolved(options: SftOptions, training: "TrainingArguments", deepspeed: str | None) -> dict[str, Any]:
     """The settings of this run as a recipe that repeats it; `deepspeed`: the user's own file, if any."""
+    from transformers import TrainingArguments  # slow to import, and not needed to read a recipe
+
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     changed = {name: value for name, value in training.to_dict().items() if defaults.get(name, MISSING) != value}
     values = asdict(options) | changed | {"deepspeed": deepspeed}
@@ -74,16 +78,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def read_recipe(path: Path) -> tuple[dict[Any, Any], dict[Any, int]]:
+    """Return a recipe's values and lines by key. Raises `UserError`."""
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        recipe = {} if node is None else loader.construct_document(node) or {}
     except FileNotFoundError:
         raise UserError(f"no recipe at {path}; recipes/ holds the ones that come with this project") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a readable YAML file: {error}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, got {type(recipe).__name__}")
-    return recipe
+    return recipe, {key.value: key.start_mark.line + 1 for key, _ in node.value} if recipe else {}
 
 
 def _word(value: Any) -> str:

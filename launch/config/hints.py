@@ -1,0 +1,90 @@
+"""What is said of a flag that there is not: the right one's name, also for the words of other tools."""
+
+import difflib
+from collections.abc import Collection
+
+# flag here: what it is called elsewhere
+ELSEWHERE = {
+    "resume_from_checkpoint": "resume resume_from resume_path load load_checkpoint ckpt ckpt_path checkpoint "
+    "checkpoint_path restore continue_from",
+    "model": "model_name model_name_or_path base_model pretrained_model_name_or_path model_path model_id pretrained",
+    "data": "dataset datasets dataset_name dataset_path data_path data_dir train_data train_file train_dataset "
+    "train_path training_data",
+    "eval_data": "eval_dataset eval_file val_data val_file valid_data validation_data validation_file test_data",
+    "eval_fraction": "val_size test_size val_set_size eval_ratio validation_split validation_split_percentage",
+    "max_length": "max_seq_length max_seq_len seq_length seq_len sequence_len sequence_length cutoff_len block_size "
+    "model_max_length context_length max_tokens",
+    "tokenizer_size": "vocab_size",
+    "smoothing": "label_smoothing label_smoothing_eps smoothing_factor epsilon ls",
+    "head": "loss loss_head fused",
+    "tp": "tensor_parallel tensor_parallel_size tensor_model_parallel_size tp_size autotp_size",
+    "zero": "zero_stage stage",
+    "offload": "cpu_offload offload_optimizer offload_param zero_offload",
+    "deepspeed": "deepspeed_config ds_config deepspeed_file config_deepspeed",
+    "recipe": "config config_file config_path cfg yaml",
+    "output_dir": "output out out_dir save_dir save_path run_dir experiment_dir output_path",
+    "sanity": "check dry_run sanity_check validate test_run",
+    "samples": "num_samples n_samples",
+    "stall_timeout": "timeout nccl_timeout dist_timeout",
+    "num_train_epochs": "epoch epochs num_epochs n_epochs max_epochs train_epochs",
+    "max_steps": "steps num_steps train_steps total_steps max_train_steps num_training_steps train_iters max_iters "
+    "iterations",
+    "per_device_train_batch_size": "batch_size bs mbs batch micro_batch_size micro_batch train_batch_size "
+    "per_gpu_train_batch_size train_micro_batch_size_per_gpu per_device_batch_size global_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size val_batch_size per_gpu_eval_batch_size",
+    "gradient_accumulation_steps": "grad_accum grad_accum_steps grad_acc_steps grad_accumulation accumulation_steps "
+    "gradient_accumulation accumulate_grad_batches",
+    "learning_rate": "lr peak_lr max_lr base_lr",
+    "warmup_steps": "warmup warmup_ratio warmup_iters num_warmup_steps lr_warmup_steps",
+    "lr_scheduler_type": "scheduler scheduler_type lr_scheduler lr_schedule lr_decay_style",
+    "max_grad_norm": "clip_grad clip_grad_norm grad_clip gradient_clipping gradient_clip_val max_norm",
+    "weight_decay": "wd decay",
+    "optim": "optimizer optimiser",
+    "eval_strategy": "evaluation_strategy do_eval_only eval_only evaluate",
+    "eval_steps": "eval_every eval_interval eval_freq val_check_interval evaluate_every",
+    "save_steps": "save_every save_interval save_freq checkpoint_interval checkpoint_every",
+    "logging_steps": "log_every log_interval log_steps log_freq log_every_n_steps",
+    "save_total_limit": "keep keep_last max_checkpoints",
+    "seed": "random_seed rng_seed",
+    "bf16": "mixed_precision precision dtype torch_dtype bfloat16 half amp",
+    "gradient_checkpointing": "grad_checkpointing use_gradient_checkpointing recompute",
+    "report_to": "wandb tracker trackers tensorboard logger log_with",
+    "dataloader_num_workers": "num_workers workers",
+}
+LIKE = {word: flag for flag, words in ELSEWHERE.items() for word in words.split()}
+MORE = {
+    "resume": "the same command with the same --output_dir resumes by itself",
+    "do_eval_only": "a run trains; what it evaluates and when is --eval_data and --eval_strategy",
+    "validation_split_percentage": "a share, below 1",
+    "warmup_ratio": "below 1 it is a share of all steps",
+    "global_batch_size": "times --gradient_accumulation_steps and the data-parallel ranks",
+    "mixed_precision": "--bf16 true or --fp16 true",
+    "wandb": "--report_to wandb",
+    "tensorboard": "--report_to tensorboard",
+}
+NOT_OFFERED = {
+    "LoRA and other adapters are not offered: all weights are trained": "lora lora_r lora_rank lora_alpha "
+    "lora_dropout lora_target lora_target_modules use_lora use_peft peft peft_type adapter qlora finetuning_type",
+    "quantised training is not offered; --bf16 true and --zero 3 --offload save memory": "load_in_4bit load_in_8bit "
+    "quantization quantization_bit bnb_4bit_quant_type",
+    "class weights are not offered: every label counts alike": "class_weight class_weights label_weights",
+    "pipeline, context and expert parallelism are not offered; --tp and --zero share a model": "pp pp_size "
+    "pipeline_parallel_size pipeline_model_parallel_size cp cp_size context_parallel_size ep ep_size",
+    "it is the launcher's, and stands before the script: deepspeed --num_gpus 2 launch/sft.py": "num_gpus num_nodes "
+    "nproc_per_node nnodes node_rank hostfile master_addr master_port include exclude gpus",
+}
+LACKING = {word: sentence for sentence, words in NOT_OFFERED.items() for word in words.split()}
+
+
+def unknown_key(name: str, known: Collection[str]) -> str:
+    """Return the sentence about a name that is no flag and no key of a recipe."""
+    like = name.lower().replace("-", "_")
+    candidates = {*known, *LIKE, *LACKING}
+    near = like if like in candidates else next(iter(difflib.get_close_matches(like, candidates, n=1)), None)
+    if near is None:
+        return f"unknown key {name!r}; see --help"
+    if near in LACKING:
+        return f"unknown key {name!r}; {LACKING[near]}"
+    flag = near if near in known else LIKE[near]
+    more = f" ({MORE[near]})" if near in MORE else ""
+    return f"unknown key {name!r}; did you mean {flag!r}?{more}"
