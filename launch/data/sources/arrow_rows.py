@@ -1,7 +1,8 @@
 """Rows of Arrow batches: a column is converted to Python only once a row's value in it is asked for."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow
@@ -9,7 +10,11 @@ from pyarrow import types
 
 from launch.common.errors import Reject
 from launch.common.messages import error_line, shortened
+from launch.data.records import Note, Record, Records, Rejected
 
+BATCH = 1000  # rows
+BROKEN = (pyarrow.ArrowException, ArithmeticError, ValueError, OSError)  # what Arrow raises for a damaged file
+PANDAS_INDEX = re.compile(r"Unnamed: 0(\.\d+)?|__index_level_\d+__")
 UNCONVERTIBLE = (pyarrow.ArrowException, ArithmeticError, ValueError, KeyError, NotImplementedError, RecursionError)
 
 
@@ -45,10 +50,36 @@ class ArrowRow(Mapping[str, Any]):
 
 
 def arrow_rows(batch: pyarrow.RecordBatch) -> Iterator[ArrowRow]:
-    """Yield the rows of `batch`."""
+    """Yield the rows of `batch`, without the index that pandas writes into a table as a column."""
     named = zip(batch.schema.names, batch.columns, strict=True)
-    columns = {name: ArrowColumn(name, column) for name, column in named}
+    columns = {name: ArrowColumn(name, column) for name, column in named if not is_index(name)}
     return (ArrowRow(columns, row) for row in range(batch.num_rows))
+
+
+def is_index(name: str) -> bool:
+    """Whether a column of this name is the index that pandas wrote beside the data."""
+    return not name or PANDAS_INDEX.fullmatch(name) is not None
+
+
+def index_note(names: Iterable[str]) -> Iterator[Note]:
+    """Yield what to say of those `names` that are an index."""
+    found = [name or "a column without a name" for name in names if is_index(name)]
+    if found:
+        yield Note(f"not read: {', '.join(found)}, the index that pandas wrote beside the data")
+
+
+def dataset_rows(dataset, place: str) -> Records:
+    """Yield the rows of a `datasets.Dataset`, mapped from its files, as `place` with the row's number."""
+    yield from index_note(dataset.column_names)
+    number = 0
+    try:
+        for table in dataset.with_format("arrow").iter(BATCH):
+            for batch in table.to_batches():
+                for fields in arrow_rows(batch):
+                    number += 1
+                    yield Record(fields, f"{place}:{number}")
+    except BROKEN as error:
+        yield Rejected(f"{place}:{number + 1}", "damaged Arrow, the rest is lost", error_line(error, 80))
 
 
 class ArrowColumn(Sequence[Any]):

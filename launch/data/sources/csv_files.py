@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator
+from itertools import compress
 from pathlib import Path
 from typing import IO, cast
 
@@ -10,6 +11,7 @@ from launch.common.errors import Reject
 from launch.common.messages import shortened
 from launch.common.strict_json import repeated
 from launch.data.records import DataError, Record, Records, Rejected
+from launch.data.sources.arrow_rows import index_note, is_index
 from launch.data.sources.compression import DAMAGED, LONGEST_ROW, damaged, open_data
 
 UNCLOSED = "unexpected end of data"  # the csv module's message for an unclosed quote, and for nothing else
@@ -65,7 +67,8 @@ def _separated(path: Path, delimiter: str) -> Records:
     with open_data(path) as file:
         lines = Lines(file)
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        header = None
+        header: list[str] | None = None
+        used: list[bool] = []
         while True:
             lines.start_row()
             where = f"{path}:{lines.before + 1}"
@@ -83,9 +86,11 @@ def _separated(path: Path, delimiter: str) -> Records:
                 continue
             if header is None:
                 header = _header(row, path)
+                used = [not is_index(name) for name in header]
+                yield from index_note(header)
                 continue
             try:
-                yield Record(_fields(header, row), where)
+                yield Record(_fields(header, used, row), where)
             except Reject as reject:
                 yield Rejected.of(where, reject)
 
@@ -122,14 +127,15 @@ def _lost(lines: int) -> str:
 
 def _header(row: list[str], path: Path) -> list[str]:
     header = [name.strip() for name in row]
-    twice = "" if "" in header else repeated(header)
+    named = header[1:] if header[1:] and not header[0] else header  # pandas writes its index first, without a name
+    twice = "" if "" in named else repeated(named)
     if twice is not None:
         found = f"{shortened(repr(twice))} twice" if twice else "a column without a name"
         raise DataError(f"{path}:1 was expected to name each column once, but it holds {found}.")
     return header
 
 
-def _fields(header: list[str], row: list[str]) -> dict[str, str]:
+def _fields(header: list[str], used: list[bool], row: list[str]) -> dict[str, str]:
     if len(row) != len(header):
         raise Reject("wrong number of columns", f"{len(row)} instead of {len(header)}")
     for value in row:
@@ -139,4 +145,4 @@ def _fields(header: list[str], row: list[str]) -> dict[str, str]:
             value.encode("utf-8")
         except UnicodeEncodeError:
             raise Reject("not UTF-8") from None
-    return dict(zip(header, row, strict=True))
+    return dict(compress(zip(header, row, strict=True), used))

@@ -8,8 +8,14 @@ from pathlib import Path
 
 from launch.common.messages import one_line, shortened
 from launch.data.records import DataError, Note, Rejected
+from launch.data.sources.saved import is_saved
 
-DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by `datasets` beside its data
+DESCRIPTIONS = (
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+)  # written by `datasets` beside its data
 TRAIN = "train"
 HELD_OUT = "held out"
 MORE = "(s|set|data|split)?"
@@ -23,7 +29,7 @@ Entries = dict[Path, str]  # each path with the reason why it is not read, "" if
 def files_of(
     folder: Path, is_data: Callable[[Path], bool], held_out: bool
 ) -> tuple[list[Path], list[Rejected | Note]]:
-    """List the data files under `folder` in sorted order, and what to report of the other files.
+    """List the data files and saved data sets under `folder` in sorted order, and what to report of other files.
 
     Hidden files, and those that obviously describe the data, are skipped. Where some files are named train and others
     test, only one kind is read: train, or test with `held_out`; a note names the files left out.
@@ -54,6 +60,10 @@ def _entries(folder: Path, is_data: Callable[[Path], bool]) -> Entries:
         found[Path(error.filename)] = f"cannot be listed: {error.strerror}"
 
     for parent, folders, names in os.walk(folder, onerror=unlisted):
+        if is_saved(Path(parent)):
+            found[Path(parent)] = ""
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(parent, name) for name in folders):
             if path.is_symlink():

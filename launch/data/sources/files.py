@@ -9,9 +9,10 @@ from launch.data.sources.compression import DAMAGED, SUFFIXES, compression_of, o
 from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
 from launch.data.sources.fingerprint import fingerprint_of_files
-from launch.data.sources.hub import hub_rows, load_hub
+from launch.data.sources.hub import hub_name_problem, hub_rows, load_hub
 from launch.data.sources.json_files import json_rows
 from launch.data.sources.parquet_files import parquet_rows
+from launch.data.sources.saved import is_saved, saved_files, saved_rows
 
 Reader = Callable[[Path], Records]
 BINARY_MAGIC = (b"\x89PNG", b"PK\x03\x04", b"\x7fELF", b"%PDF", b"\xff\xd8\xff", b"\x80\x02", b"\x80\x04")
@@ -19,7 +20,7 @@ TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
 
 
 def iter_records(source: str, held_out: bool = False) -> Records:
-    """Yield the rows of a file, a directory of files, or a hub data set (`name:split`, `name:config:split`).
+    """Yield the rows of a file, a directory, or a hub data set (`name:split`, `name:config:split`).
 
     Never more than a batch of them is in memory. Rows and files that cannot be used are yielded as Rejected, and what
     to tell the user about the rest as Note. `held_out`: these records are for evaluation.
@@ -29,7 +30,7 @@ def iter_records(source: str, held_out: bool = False) -> Records:
     path = _as_path(source)
     if path is None:
         return _at_least_one(source, hub_rows(source))
-    if path.is_dir():
+    if path.is_dir() and not is_saved(path):
         return _directory_rows(path, held_out)
     return _file_rows(path)
 
@@ -60,7 +61,8 @@ def source_fingerprint(source: str, held_out: bool = False) -> str:
         return load_hub(source)._fingerprint
     if not path.is_dir():
         return fingerprint_of_files([(path.name, path)])
-    files, _ = files_of(path, _is_data, held_out)
+    found = [path] if is_saved(path) else files_of(path, _is_data, held_out)[0]
+    files = [file for entry in found for file in (saved_files(entry) if entry.is_dir() else [entry])]
     return fingerprint_of_files((file.relative_to(path).as_posix(), file) for file in files)
 
 
@@ -78,6 +80,9 @@ def _as_path(source: str) -> Path | None:
         raise DataError(
             f"{source!r} was expected to be a data file or directory, but does not exist; check the path."
         )
+    problem = hub_name_problem(source)
+    if problem:
+        raise DataError(problem)
     return None
 
 
@@ -95,6 +100,10 @@ def _is_data(path: Path) -> bool:
 
 
 def _file_rows(path: Path) -> Records:
+    """Yield the rows of a file or a saved data set. Raises DataError if it holds none, or cannot be read."""
+    if is_saved(path):
+        yield from _at_least_one(path, saved_rows(path))
+        return
     reader = _reader(path)
     if reader is None:
         raise DataError(
@@ -148,9 +157,15 @@ def _directory_rows(folder: Path, held_out: bool) -> Records:
     """
     files, others = files_of(folder, _is_data, held_out)
     yield from others
+    said = set()
     for file in files:
         try:
-            yield from _file_rows(file)
+            for row in _file_rows(file):
+                if not isinstance(row, Note):
+                    yield row
+                elif row not in said:
+                    said.add(row)
+                    yield row
         except DataError as error:
             if len(files) == 1:
                 raise

@@ -2,18 +2,15 @@
 
 from pathlib import Path
 
-import pyarrow
 import pyarrow.parquet
 
 from launch.common.errors import Reject
 from launch.common.messages import error_line, shortened
 from launch.common.strict_json import repeated
 from launch.data.records import DataError, Record, Records, Rejected
-from launch.data.sources.arrow_rows import arrow_rows
+from launch.data.sources.arrow_rows import BATCH, BROKEN, arrow_rows, index_note
 
-BATCH = 1000  # rows
 BUFFER = 2**20  # bytes of a column
-BROKEN = (pyarrow.ArrowException, ArithmeticError, UnicodeDecodeError, ValueError, OSError)
 
 
 def parquet_rows(path: Path) -> Records:
@@ -30,6 +27,7 @@ def parquet_rows(path: Path) -> Records:
         twice = repeated(file.schema_arrow.names)
         if twice is not None:  # rows as mappings would hold the last of the two
             raise DataError(f"{path} has two columns named {shortened(repr(twice))}; rename or drop one.")
+        yield from index_note(file.schema_arrow.names)
         first = 0  # row of the file with which the group starts
         for group in range(file.num_row_groups):
             number = first

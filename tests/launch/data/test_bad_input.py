@@ -14,7 +14,7 @@ from launch.common.errors import Reject
 from launch.data.prepared import EncodedData
 from launch.data.records import DataError, DropReport
 from launch.data.sources.compression import SUFFIXES
-from launch.data.sources.files import read_records
+from launch.data.sources.files import iter_records, read_records, source_fingerprint
 from launch.data.train_tokenizer import train_tokenizer
 from launch.process.ranks import say
 from tests.support.data import prepared
@@ -327,6 +327,56 @@ def test_hub_rows_become_records(monkeypatch):
     (record,) = read_records("someone/something:test", DropReport())
     assert record.fields == {"prompt": "a", "completion": "b"}
     assert record.where == "someone/something:test:1"
+
+
+BUILDERS = ["json", "text", "csv", "pandas", "parquet", "arrow", "imagefolder", "webdataset", "Json", "json:train"]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_builder_of_datasets_is_no_data(tmp_path, monkeypatch, name):
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "a.txt").write_bytes(GOOD)
+    monkeypatch.chdir(tmp_path)
+    for read in (iter_records, source_fingerprint):
+        with pytest.raises(DataError, match="is a kind of file, not a data set"):
+            read(name)
+
+
+def test_a_split_of_a_local_directory_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "train.txt").write_bytes(GOOD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="'here' is local"):
+        iter_records("here:train")
+
+
+def test_a_panic_of_the_hub_client_is_an_error(monkeypatch):
+    import datasets
+
+    class PanicException(BaseException):  # what pyo3 raises has no public name
+        pass
+
+    def load(name, config, split):
+        raise {"panics": PanicException, "stops": KeyboardInterrupt}[name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match="PanicException"):
+        read_records("panics", DropReport())
+    with pytest.raises(KeyboardInterrupt):
+        read_records("stops", DropReport())
+
+
+def test_a_saved_data_set_that_lacks_a_file(tmp_path):
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([{"prompt": "a"}] * 9).save_to_disk(folder, num_shards=2)
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match=r"cannot be loaded .*; save it again"):
+        read_records(str(folder), DropReport())
+    (folder / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"holds none \(not read: data-00000-of-00002\.arrow\)"):
+        read_records(str(folder), DropReport())
 
 
 def test_half_a_character_can_be_shown(tmp_path, tokenizer, capsysbinary):

@@ -8,10 +8,13 @@ import json
 import os
 import tracemalloc
 
+import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from launch.common.errors import Reject
 from launch.data.records import DataError, DropReport, Rejected
 from launch.data.sources import json_text
 from launch.data.sources.files import iter_records, read_records, source_fingerprint
@@ -285,6 +288,83 @@ def test_keys_that_arrow_filled_with_null_are_absent_at_every_depth(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     rows[1]["n"]["deep"][1] = {}
     assert [dict(record.fields) for record in read_records(str(path), DropReport())] == rows
+
+
+def test_maps_and_json_columns_are_what_was_written(tmp_path):
+    path = tmp_path / "a.parquet"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"x": None}, 1.5]}]
+    features = datasets.Features({"messages": datasets.List(datasets.Json()), "any": datasets.Json()})
+    rows = {"messages": [talk, None], "any": [{"deep": [1, {"b": None}]}, None]}
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    saved.to_parquet(path)
+    saved.save_to_disk(tmp_path / "saved")
+    expected = [{"messages": talk, "any": rows["any"][0]}, {"messages": None, "any": None}]
+    for source in (path, tmp_path / "saved"):
+        assert [dict(record.fields) for record in read_records(str(source), DropReport(), strict=True)] == expected
+    text, number = pyarrow.string(), pyarrow.struct([("n", pyarrow.int64()), ("m", pyarrow.int64())])
+    maps = pyarrow.array([[("k", {"n": 1})], None, [("k", None), ("k", None)]], pyarrow.map_(text, number))
+    pyarrow.parquet.write_table(pyarrow.table({"map": maps}), path)
+    first, second, third = read_records(str(path), DropReport(), strict=True)
+    assert first.fields["map"] == {"k": {"n": 1}} and second.fields["map"] is None
+    with pytest.raises(Reject, match="map cannot be read"):  # one name twice
+        third.fields["map"]
+
+
+INDEXED = {
+    "a.csv": (",prompt,completion\n0,a,x\n1,b,x\n", "a column without a name"),
+    "a.tsv": ("Unnamed: 0\tprompt\tcompletion\n0\ta\tx\n1\tb\tx\n", "Unnamed: 0"),
+    "twice.csv": (",Unnamed: 0,prompt,completion\n0,0,a,x\n1,1,b,x\n", "a column without a name, Unnamed: 0"),
+    "a.parquet": (None, "__index_level_0__"),
+    "saved": (None, "__index_level_0__"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [(name, *rest) for name, rest in INDEXED.items()], ids=INDEXED)
+def test_an_index_of_pandas_is_not_read(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    else:
+        frame = pandas.DataFrame([A, B, C])[lambda frame: frame.prompt != "c"]
+        table = pyarrow.Table.from_pandas(frame, preserve_index=True)
+        pyarrow.parquet.write_table(table, path) if path.suffix else datasets.Dataset(table).save_to_disk(path)
+    report = DropReport()
+    assert [dict(record.fields) for record in read_records(str(path), report, strict=True)] == [A, B]
+    assert report.left_out == [f"not read: {said}, the index that pandas wrote beside the data"]
+
+
+def test_a_note_is_made_once_for_all_files_of_a_directory(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(INDEXED["a.csv"][0])
+    report = DropReport()
+    assert len(read_records(str(tmp_path), report)) == 4 and len(report.left_out) == 1
+
+
+def test_a_saved_data_set(tmp_path):
+    dataset = datasets.Dataset.from_list([A, B, C])
+    dataset.select([2, 0]).save_to_disk(tmp_path / "one", num_shards=2)
+    records = read_records(str(tmp_path / "one"), DropReport(), strict=True)
+    assert [(r.where, dict(r.fields)) for r in records] == [(f"{tmp_path}/one:1", C), (f"{tmp_path}/one:2", A)]
+    before = source_fingerprint(str(tmp_path / "one"))
+    (tmp_path / "one" / "cache-123.arrow").write_bytes(b"left by map")
+    assert source_fingerprint(str(tmp_path / "one")) == before
+    datasets.Dataset.from_list([C, B]).save_to_disk(tmp_path / "other", num_shards=2)
+    assert source_fingerprint(str(tmp_path / "other")) != before
+
+
+def test_splits_of_a_saved_data_set(tmp_path):
+    splits = {"train": [A, B], "test": [C]}
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "all")
+    for held_out, name in ((False, "train"), (True, "test")):
+        report = DropReport()
+        records = read_records(str(tmp_path / "all"), report, True, held_out)
+        assert [dict(record.fields) for record in records] == splits[name]
+        assert records[0].where == f"{tmp_path}/all/{name}:1" and len(report.left_out) == 1
+    folds = datasets.DatasetDict(first=saved["train"], second=saved["test"])
+    folds.save_to_disk(tmp_path / "folds")
+    write(tmp_path / "folds" / "more.jsonl")
+    assert len(read_records(str(tmp_path / "folds"), DropReport(), strict=True)) == 3 + len(ROWS)
 
 
 def test_a_fingerprint_tells_what_would_be_read(tmp_path):
