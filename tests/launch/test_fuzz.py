@@ -3,11 +3,15 @@
 `pytest tests/launch/test_fuzz.py -s` shows how many examples ran; `FUZZ=100` makes them a hundred times as many.
 """
 
+import gzip
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -19,7 +23,9 @@ from launch.config.command_line import parse_options
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments
-from launch.data.records import DataError
+from launch.data.records import DataError, Note, Record
+from launch.data.sources import json_text
+from launch.data.sources.files import iter_records
 from launch.data.train_tokenizer import train_tokenizer
 from smoothing import VocabShard, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 from tests.support.data import prepared
@@ -77,13 +83,38 @@ def damaged(draw, content: bytes) -> bytes:
     return bytes(content)
 
 
+COMPRESS = {"": bytes, ".gz": lambda content: gzip.compress(content, mtime=0), ".zst": pyarrow.Codec("zstd").compress}
+# As JSON is written: a value a line, over lines, a list of values over lines, a list a line.
+LAYOUTS = [
+    lambda values: "\n".join(map(json.dumps, values)),
+    lambda values: "\n".join(json.dumps(value, indent=2) for value in values),
+    lambda values: json.dumps(values, indent=1),
+    lambda values: "\n".join(json.dumps([value]) for value in values),
+    lambda values: json.dumps({"rows": values}),
+]
+
+
+def parquet(content: list[dict]) -> bytes:
+    try:
+        table = pyarrow.Table.from_pylist(content)
+        pyarrow.parquet.write_table(table, file := io.BytesIO(), row_group_size=2)
+    except (pyarrow.ArrowException, ValueError, OverflowError, TypeError, RecursionError):
+        return b"PAR1"  # values of different types in one column
+    return file.getvalue()
+
+
 @st.composite
 def files(draw) -> tuple[str, bytes]:
-    suffix = draw(st.sampled_from(["jsonl", "json", "csv", "tsv", "jsonl.gz", "parquet"]))
+    kind = draw(st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet"]))
+    compression = "" if kind == "parquet" else draw(st.sampled_from(list(COMPRESS)))
+    name = kind + compression
     if draw(st.booleans()):
-        return suffix, draw(st.binary(max_size=200))
-    lines = [json.dumps(row).encode() for row in draw(st.lists(rows | values, max_size=8))]
-    return suffix, damaged(draw, b"\n".join(lines))
+        return name, draw(st.binary(max_size=200))
+    if kind == "parquet":
+        return name, damaged(draw, parquet(draw(st.lists(rows, max_size=8))))
+    content = draw(st.sampled_from(LAYOUTS))(draw(st.lists(rows | values, max_size=8))).encode()
+    content = bytes(COMPRESS[compression](damaged(draw, content)))
+    return name, damaged(draw, content) if draw(st.booleans()) else content
 
 
 @FUZZED
@@ -104,6 +135,48 @@ def test_data_files(tokenizer, file, strict):
             assert any(label != -100 for label in row["labels"][1:])
             assert len(row["input_ids"]) == len(row["labels"]) <= 64
         assert len(data.train) > 0
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=6,
+)
+# with a format's fields, an object that holds a list is a row by itself
+json_rows = st.dictionaries(st.text(max_size=3), json_values, max_size=3).map(
+    lambda fields: fields | {"prompt": 1, "completion": 2}
+)
+
+
+@settings(FUZZED, max_examples=max(1, EXAMPLES // 3))
+@given(
+    st.lists(json_rows, min_size=1, max_size=6),
+    st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3),
+    st.sampled_from([".jsonl", ".json"]),
+    st.sampled_from([1, 5, 2**20]),
+)
+def test_json_is_read_in_any_layout(content, parts, suffix, chunk):
+    """All rows, each at the line on which it begins, however their file is laid out."""
+    count("JSON layouts")
+    if len(parts) > 1:  # what is read by lines may change its layout in between
+        parts = [part for part in parts if part not in (LAYOUTS[2], LAYOUTS[4])] or [LAYOUTS[0]]
+    size = -(-len(content) // len(parts))
+    text = "\n".join(
+        part(content[index * size :][:size]) for index, part in enumerate(parts) if content[index * size :]
+    )
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_text, "CHUNK", chunk)
+        path = Path(folder) / f"data{suffix}"
+        path.write_text(text, encoding="utf-8")
+        found = [row for row in iter_records(str(path)) if not isinstance(row, Note)]
+        assert [row.fields if isinstance(row, Record) else row for row in found] == content
+        for row in found:
+            line = text.splitlines()[int(row.where.rsplit(":")[-1]) - 1]
+            assert line.lstrip(" [").startswith("{")
 
 
 KEYS = [*SftOptions.__dataclass_fields__, *SftTrainingArguments.__dataclass_fields__]

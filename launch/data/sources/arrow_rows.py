@@ -12,7 +12,7 @@ from launch.common.errors import Reject
 from launch.common.messages import error_line, shortened
 from launch.data.records import Note, Record, Records, Rejected
 
-BATCH = 1000  # rows
+BATCH = 128  # rows; a thousand of them would be a tenth faster
 BROKEN = (pyarrow.ArrowException, ArithmeticError, ValueError, OSError)  # what Arrow raises for a damaged file
 PANDAS_INDEX = re.compile(r"Unnamed: 0(\.\d+)?|__index_level_\d+__")
 UNCONVERTIBLE = (pyarrow.ArrowException, ArithmeticError, ValueError, KeyError, NotImplementedError, RecursionError)

@@ -13,6 +13,8 @@ from launch.data.sources.compression import DAMAGED, damaged, open_data
 from launch.data.sources.json_lines import is_message, json_lines, objects_in
 from launch.data.sources.json_text import JsonText
 
+MOST_NAMES = 10_000  # of an object around a list
+
 
 class BrokenItem(Exception):
     """The end of a list's item, which begins at `line`, is not found."""
@@ -99,6 +101,8 @@ def _wrapped_list(path: Path, text: JsonText) -> tuple[str | None, list[str]]:
     lists = []
     try:
         for name in _members(text):
+            if len(filled) > MOST_NAMES:
+                return None, []
             if text.peek() != "[":
                 filled[name] = None if text.decode()[0] is None else True
                 continue

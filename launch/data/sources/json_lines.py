@@ -10,6 +10,8 @@ from launch.common.strict_json import NOT_AN_OBJECT, BrokenJson, StrictDecoder
 from launch.data.records import Record, Records, Rejected
 from launch.data.sources.compression import BOM, DAMAGED, LONGEST_ROW, damaged, lines_of, open_data
 
+MOST_LINES = 2**20  # of one object
+
 
 def json_lines(path: Path, after: int = 0) -> Records:
     """Yield the records of each line but the first `after`; for an unusable line its `file:line` and the reason."""
@@ -98,7 +100,7 @@ def _over_lines(
             text = "\n".join([first, *(_text(further, indented=True) for further in following)])
             value, end, reject = decoder.decode_at(text)
         except Reject as broken:
-            more_lines = len(following) == count and sum(map(len, following)) < LONGEST_ROW
+            more_lines = len(following) == count < MOST_LINES and sum(map(len, following)) < LONGEST_ROW
             if isinstance(broken, BrokenJson) and broken.incomplete and more_lines:
                 count *= 2  # what has been decoded in vain is at most twice what there is
                 continue

@@ -1,6 +1,7 @@
 """The text of a JSON file, decoded one value at a time."""
 
 import codecs
+import re
 from io import BufferedIOBase
 from typing import Any
 
@@ -9,6 +10,7 @@ from launch.common.strict_json import StrictDecoder
 from launch.data.sources.compression import DAMAGED, LONGEST_ROW
 
 CHUNK = 2**20  # bytes
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class JsonText:
@@ -29,11 +31,11 @@ class JsonText:
     def peek(self) -> str:
         """Skip white space, and return the next character, "" at the end of the file."""
         while True:
-            while (character := self._window[self._at : self._at + 1]) in (" ", "\t", "\n", "\r") and character:
-                self.line += character == "\n"
-                self._at += 1
-            if character or self._whole:
-                return character
+            end = SPACE.match(self._window, self._at).end()
+            self.line += self._window.count("\n", self._at, end)
+            self._at = end
+            if end < len(self._window) or self._whole:
+                return self._window[end : end + 1]
             self._read(CHUNK)
 
     def skip(self) -> None:
