@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import atheris
+import pyarrow
 
 with atheris.instrument_imports(include=["launch"]):
     from launch.common.errors import UserError
@@ -25,6 +26,7 @@ TOKENIZER = train_tokenizer(["some words to learn from"], 300)
 SEEDS = [
     b'{"prompt": "a", "completion": "b"}\n',
     b'[{"question": "a", "answer": "b"}]',
+    b'{"data": [\n{"question": "a", "answer": "b"}]\n}',
     b"prompt,completion\na,b\n",
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
     b"smoothing: 0.1\nmodel_config: {model_type: llama}\n",
@@ -40,6 +42,10 @@ def data(name: str, compress=bytes):
     return read
 
 
+def zstd(content: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
 def recipe(content: bytes) -> None:
     (FOLDER / "recipe.yaml").write_bytes(content)
     parse_options(["--recipe", str(FOLDER / "recipe.yaml"), "--model", "somewhere"])
@@ -51,6 +57,8 @@ def deepspeed(content: bytes) -> None:
 
 
 READERS = [data("a.jsonl"), data("a.json"), data("a.csv"), data("a.tsv"), data("a.jsonl.gz", gzip.compress)]
+READERS += [data("a.csv.gz", gzip.compress), data("a.json.zst", zstd)]
+READERS += [data("torn.json.zst", lambda content: zstd(content)[:-4])]
 READERS += [data("torn.jsonl.gz", lambda content: gzip.compress(content)[:-4]), data("a.parquet"), recipe, deepspeed]
 
 
