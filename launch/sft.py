@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     facts = layout(options, args, data)
     run = open_run(training_values.get("output_dir"), recipe, args.resume_from_checkpoint, facts)
     if run.finished:
-        say(f"{run.path} is finished: its model is in {run.path / MODEL}. To train further, move the model away")
+        say(f"{run.path} is finished: its model is in {run.path / MODEL}; a larger --max_steps would train further")
         return
     say(f"run: {run.path}")
     name_dropped(data.report, run.path / DROPPED)

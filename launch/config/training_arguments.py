@@ -26,7 +26,7 @@ HELP = {
     "report_to": "Trackers to report to: tensorboard, wandb, ...",
     "seed": "Seed of the order of rows, of dropout and of random weights.",
     "deepspeed": "DeepSpeed file of your own instead of --zero and --offload.",
-    "resume_from_checkpoint": "Checkpoint to start from where --output_dir has none.",
+    "resume_from_checkpoint": "Checkpoint, or run with checkpoints, to start from where --output_dir has none.",
 }
 HIDDEN = {*REFUSED, *NOT_WITH_DEEPSPEED, *NOT_RESUMABLE, *NEVER_USED, "local_rank"}  # from every help
 

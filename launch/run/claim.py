@@ -1,6 +1,7 @@
 """Which directory a run writes to, and whether it may: on the first rank, before anything is written there."""
 
 import fcntl
+import re
 import socket
 from pathlib import Path
 from typing import IO
@@ -24,6 +25,7 @@ from launch.run.checkpoints import checkpoints
 from launch.run.compare import check_recipe
 
 WRITTEN_FILES = (LOCK, RECIPE, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
+NUMBER = re.compile("[0-9]{1,9}")  # of a run; a longer one is no count, and its successor may be too long for a name
 _locks: dict[Path, IO] = {}
 
 
@@ -73,7 +75,7 @@ def _leads_away(entry: Path) -> bool:
 
 def _next_numbered() -> Path:
     RUNS.mkdir(exist_ok=True)
-    numbers = [int(entry.name) for entry in RUNS.iterdir() if entry.name.isdigit()]
+    numbers = [int(entry.name) for entry in RUNS.iterdir() if NUMBER.fullmatch(entry.name)]
     number = max(numbers, default=0) + 1
     while True:
         try:

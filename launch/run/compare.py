@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from launch.common.errors import UserError
-from launch.common.paths import RECIPE
+from launch.common.paths import MODEL, RECIPE
 from launch.process.ranks import say
 from launch.run import universal
 
@@ -26,11 +26,8 @@ FREE = {
 
 def check_recipe(path: Path, recipe: dict) -> None:
     """Raise `UserError` if the run in `path` has another recipe; print which free keys have changed."""
-    try:
-        before = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
-        changed = {key for key in before.keys() | recipe.keys() if before.get(key) != recipe.get(key)}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{path / RECIPE} cannot be read ({error}); name another --output_dir") from None
+    before = _recipe_of(path)
+    changed = {key for key in before.keys() | recipe.keys() if before.get(key) != recipe.get(key)}
     lines = {key: f"{key}: {before.get(key)} before, {recipe.get(key)} now" for key in sorted(changed)}
     if other := [line for key, line in lines.items() if key not in FREE]:
         raise UserError(
@@ -39,6 +36,39 @@ def check_recipe(path: Path, recipe: dict) -> None:
         )
     for line in lines.values():
         say(f"changed since {path} was started: {line}")
+
+
+def check_not_further(path: Path, recipe: dict, checkpoint: Path | None) -> None:
+    """Raise `UserError` if the finished run in `path` is started again to train further than it did."""
+    before, now = _length(_recipe_of(path)), _length(recipe)
+    if now[0] == before[0] and now[1] <= before[1]:
+        return
+    resumes = (
+        f"it resumes from {checkpoint}" if checkpoint else "it has no checkpoint, so it starts from the beginning"
+    )
+    raise UserError(
+        f"{path} is finished with --{before[0]} {before[1]:g}, and its model is exported; to train to --{now[0]} "
+        f"{now[1]:g}, move the model away (mv {path / MODEL} {path / MODEL}-before) and start the same command: "
+        f"{resumes}"
+    )
+
+
+def _length(recipe: dict) -> tuple[str, float]:
+    """Return the setting that says how far a run goes, and its value."""
+    if (steps := recipe.get("max_steps", -1)) > 0:
+        return "max_steps", steps
+    return "num_train_epochs", recipe.get("num_train_epochs", 3.0)  # of transformers; a recipe leaves out defaults
+
+
+def _recipe_of(path: Path) -> dict:
+    """Return the recipe that a run was started with. Raises `UserError`."""
+    try:
+        recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path / RECIPE} cannot be read ({error}); name another --output_dir") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path / RECIPE} cannot be read (it holds no keys); name another --output_dir")
+    return recipe
 
 
 def check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:

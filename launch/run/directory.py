@@ -8,7 +8,7 @@ from launch.process.ranks import from_main, on_all_ranks, say
 from launch.run import universal
 from launch.run.checkpoints import TRAINER_STATE_NAME, checkpoints, damage, facts_of, last_whole
 from launch.run.claim import check_shared, claim, is_finished
-from launch.run.compare import check_facts
+from launch.run.compare import check_facts, check_not_further
 from launch.run.settle import settle
 
 
@@ -33,13 +33,16 @@ class Run:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What the first rank found: the directory, whether its run is known or finished, checkpoints to look at."""
+    """What the first rank found: the directory, whether its run is known or finished, checkpoints to look at.
+
+    `given`: those that --resume_from_checkpoint names.
+    """
 
     path: Path
     known: bool
     finished: bool
     checkpoints: list[Path]
-    given_exists: bool
+    given: list[Path]
 
 
 def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: dict) -> Run:
@@ -51,12 +54,13 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
     Args:
         wanted: --output_dir; None for the next free number in `runs/`.
         recipe: What this run is configured to do.
-        checkpoint: --resume_from_checkpoint, where a directory without checkpoints starts from.
+        checkpoint: --resume_from_checkpoint, where a directory without checkpoints starts from: a checkpoint, or a
+            run, whose last whole one is taken.
         facts: How this start is laid out over ranks, and its data (`launch.run.layout`).
 
     Raises:
-        UserError: The directory holds something else, another recipe, a damaged model, or a checkpoint that this run
-            cannot resume from.
+        UserError: The directory holds something else, another recipe, a damaged model, a finished run that is to go
+            further, or a checkpoint that this run cannot resume from.
 
     Collectives:
         A broadcast and a gather of objects if the run is finished, else a broadcast more; and two for each checkpoint
@@ -68,7 +72,7 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
         return Run(opened.path, finished=True)
     last = last_whole(opened.checkpoints)
     if last is None and checkpoint is not None:
-        last = _given(Path(checkpoint), opened.given_exists)
+        last = _given(checkpoint, opened.given)
     elif last is not None and checkpoint is not None:
         say(f"--resume_from_checkpoint is for a directory without checkpoints; {opened.path} has its own")
     return from_main(lambda: _resume(opened, recipe, last, facts))
@@ -76,17 +80,37 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
 
 def _open(wanted: str | None, recipe: dict, checkpoint: str | None) -> _Opened:
     path, known = claim(wanted, recipe)
-    given_exists = checkpoint is not None and (Path(checkpoint) / TRAINER_STATE_NAME).is_file()
-    return _Opened(path, known, is_finished(path), checkpoints(path) if known else [], given_exists)
+    finished, found = is_finished(path), checkpoints(path) if known else []
+    if finished:
+        check_not_further(path, recipe, found[0] if found else None)
+    return _Opened(path, known, finished, found, [] if checkpoint is None else _named(Path(checkpoint)))
 
 
-def _given(checkpoint: Path, exists: bool) -> Path:
-    """Check the checkpoint that the user names. Collectives: as `damage`."""
-    if not exists:
-        raise UserError(f"--resume_from_checkpoint {checkpoint} holds no checkpoint; name a checkpoint-N directory")
-    if problem := damage(checkpoint):
-        raise UserError(f"--resume_from_checkpoint {checkpoint} is not whole: {problem}; name an earlier one")
-    return checkpoint
+def _named(folder: Path) -> list[Path]:
+    """Return the checkpoint that the user names, or the checkpoints of the run, the latest first."""
+    if (folder / TRAINER_STATE_NAME).is_file():
+        return [folder]
+    return checkpoints(folder) if folder.is_dir() else []
+
+
+def _given(named: str, folders: list[Path]) -> Path:
+    """Return the first whole one of the checkpoints that the user names; they stay as they are, whole or not.
+
+    Collectives: those of `damage` for each that is looked at.
+    """
+    problem = None
+    for folder in folders:
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        if folder != folders[-1]:
+            say(f"{folder} is not whole: {problem}; the checkpoint before it is used")
+    if problem is None:
+        raise UserError(
+            f"--resume_from_checkpoint {named} holds no checkpoint; name a run's directory or one of its "
+            "checkpoint-N (the same command with the same --output_dir resumes without it)"
+        )
+    raise UserError(f"--resume_from_checkpoint {folders[-1]} is not whole: {problem}; name another one")
 
 
 def _resume(opened: _Opened, recipe: dict, last: Path | None, facts: dict) -> Run:

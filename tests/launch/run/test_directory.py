@@ -48,6 +48,14 @@ def test_runs_are_numbered(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "runs/0002/recipe.yaml").read_text()) == RECIPE
 
 
+@pytest.mark.parametrize("name", ["²", "٣", "9" * 255, "12a", "-5", "0003.old"])
+def test_what_is_no_number_of_a_run(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs/0003").mkdir()
+    assert str(open_run(None, RECIPE, None, FACTS).path) == "runs/0004"
+
+
 def test_the_same_command_resumes(run, capsys):
     again = open_run(str(run), RECIPE, None, FACTS)
     assert again.checkpoint == run / "checkpoint-4" and not again.finished
@@ -104,6 +112,36 @@ def test_a_finished_run_is_left_alone(run):
     before = (run / "metrics.jsonl").read_text()
     assert open_run(str(run), RECIPE, None, FACTS).finished
     assert (run / "metrics.jsonl").read_text() == before
+
+
+LONGER = {
+    "more steps": (RECIPE, {"max_steps": 20}, "--max_steps 8, .* --max_steps 20, move"),
+    "epochs instead": (
+        RECIPE,
+        {"max_steps": -1, "num_train_epochs": 2.0},
+        "--max_steps 8, .* --num_train_epochs 2, ",
+    ),
+    "more epochs": (
+        {"num_train_epochs": 1.0},
+        {"num_train_epochs": 1.5},
+        "--num_train_epochs 1, .* --num_train_epochs 1.5,",
+    ),
+    "fewer steps": (RECIPE, {"max_steps": 4}, None),
+    "the same": (RECIPE, {}, None),
+}
+
+
+@pytest.mark.parametrize(("before", "change", "words"), LONGER.values(), ids=LONGER)
+def test_a_finished_run_that_is_to_go_further_says_how(run, before, change, words):
+    (run / "recipe.yaml").write_text(yaml.safe_dump(before))
+    write_model(run)
+    if words is None:
+        assert open_run(str(run), before | change, None, FACTS).finished
+        return
+    with pytest.raises(UserError, match=f"is finished with {words}.*resumes from {run}/checkpoint-4"):
+        open_run(str(run), before | change, None, FACTS)
+    (run / "model").rename(run / "model-before")  # what it says
+    assert open_run(str(run), before | change, None, FACTS).checkpoint == run / "checkpoint-4"
 
 
 def test_what_a_run_shows_and_how_far_it_goes_may_change(run, capsys):
@@ -210,6 +248,19 @@ def test_an_explicit_checkpoint(run, tmp_path):
     (run / "checkpoint-4/trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not whole: trainer_state\.json has 2 bytes"):
         open_run(str(tmp_path / "fourth"), RECIPE, str(run / "checkpoint-4"), FACTS)
+
+
+def test_the_last_whole_checkpoint_of_another_run(run, tmp_path, capsys):
+    """Its checkpoints stay as they are, whole or not: the run may be somebody else's, and may go on."""
+    write_checkpoint(run, 10)
+    assert open_run(str(tmp_path / "a"), RECIPE, str(run), FACTS).checkpoint == run / "checkpoint-10"
+    (run / "checkpoint-10/latest").write_text("torn")
+    assert open_run(str(tmp_path / "b"), RECIPE, str(run), FACTS).checkpoint == run / "checkpoint-4"
+    assert f"{run}/checkpoint-10 is not whole: latest has 4 bytes" in capsys.readouterr().out
+    assert (run / "checkpoint-10").is_dir()
+    (run / "checkpoint-4/latest").write_text("torn")
+    with pytest.raises(UserError, match="checkpoint-4 is not whole"):
+        open_run(str(tmp_path / "c"), RECIPE, str(run), FACTS)
 
 
 def test_a_directory_prefers_its_own_checkpoint(run, tmp_path, capsys):
