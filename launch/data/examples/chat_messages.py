@@ -107,7 +107,7 @@ def _part(part: Any) -> str:
 
 
 def _calls(message: Message, spelling: str) -> list[dict[str, Any]]:
-    written = [message[key] for key in ("tool_calls", "function_call") if holds(message.get(key))]
+    written = [message[key] for key in ("tool_calls", "function_call") if key in message and holds(message[key])]
     if spelling in CALL:
         written += [message[key] for key in TEXT_KEYS if key in message][:1] or [""]
     if len(written) > 1:
@@ -117,9 +117,9 @@ def _calls(message: Message, spelling: str) -> list[dict[str, Any]]:
 
 def _learned(message: Message, role: str) -> bool:
     """Whether a message is to be learned. Raises Reject for what cannot be: a part of it, or another role's."""
-    if holds(message.get("train_detail")):
+    if "train_detail" in message and holds(message["train_detail"]):
         raise Reject("train_detail is not supported: an answer is learned whole, or not at all")
-    said = {key: message[key] for key in LEARN_KEYS if holds(message.get(key))}
+    said = {key: message[key] for key in LEARN_KEYS if key in message and holds(message[key])}
     for key, value in said.items():
         if type(value) not in (bool, int, float) or value not in (0, 1):
             raise Reject(

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from launch.common.errors import Reject
-from launch.data.examples.formats import to_example
+from launch.data.encode import encode
+from launch.data.examples.formats import detect_format, to_example
 from launch.data.examples.kinds import ChatExample
 from launch.data.records import Record
+from tests.support.tokenizers import byte_level, learned_texts
 
 HI, HO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
@@ -195,3 +197,46 @@ def test_what_is_no_message_is_rejected(case):
 def test_a_conversation_without_an_answer_to_learn_is_rejected(messages, reason):
     with pytest.raises(Reject, match=reason):
         convert(*messages)
+
+
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HISTORY = [["Good day", "Bad day"]]
+ROWS = {
+    "a call and its result": (
+        {
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                HI,
+                {"role": "assistant", "content": None, "tool_calls": [{"function": WIRE}]},
+                {"role": "tool", "content": "2"},
+                HO,
+                {"role": "user", "content": "Thanks"},
+            ],
+            "tools": json.dumps([{"name": "add"}]),
+        },
+        ['<call>{"name": "add", "arguments": {"a": 1}}</call><|im_end|>', "ho<|im_end|>"],
+        ['Tools: [{"type": "function", "function": {"name": "add"}}]', "system\nBe brief.", "tool\n2"],
+    ),
+    "an answer of weight 0": ({"messages": [HI, HO | {"weight": 0}, HI, HO]}, ["ho<|im_end|>"], ["assistant\nho"]),
+    "prompt and completion": ({"prompt": [HI, HO, HI], "completion": [HO]}, ["ho<|im_end|>"], ["assistant\nho"]),
+    "history": (
+        {"system": "Be kind.", "instruction": "Add", "input": "1 1", "output": "2", "history": HISTORY},
+        ["2<|im_end|>"],
+        ["system\nBe kind.", "user\nGood day", "assistant\nBad day", "user\nAdd\n\n1 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_what_is_learned_of_a_row_and_what_is_read(case):
+    fields, learned, read = ROWS[case]
+    tokenizer = byte_level("<|im_end|>", template=WITH_TOOLS)
+    row = encode(to_example(Record(fields, "f:1"), detect_format(fields)), tokenizer, 512)
+    assert learned_texts(row, tokenizer) == learned
+    text = tokenizer.decode(row["input_ids"])
+    assert all(f"{part}<|im_end|>" in text for part in read)
