@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass, field
 
 from launch.common.errors import UserError
+from launch.config.chat_template import NONE, read_chat_template, reserved
+from launch.config.columns import column_names
 
 
 @dataclass
@@ -71,6 +73,26 @@ class DataFlags:
             "metavar": "PATH|NAME",
         },
     )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns that are read under other names, as in prompt=question,completion=answer.",
+            "metavar": "NAME=COLUMN",
+            "action": "extend",
+        },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template to use instead of the tokenizer's, a Jinja file. "
+            "none: questions and instructions are written as text although the tokenizer has a template.",
+            "metavar": "FILE|none",
+        },
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "What the chat template is given besides, such as enable_thinking.", "metavar": "JSON"},
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Held-out rows. Without it a part of --data.", "metavar": "PATH|NAME"}
     )
@@ -131,6 +153,8 @@ class SftOptions(RunFlags, ParallelismFlags, DataFlags, ModelFlags, LossFlags):
     def __post_init__(self) -> None:
         if isinstance(self.model_config, str):
             self.model_config = _json_object(self.model_config, "--model_config")
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = _json_object(self.chat_template_kwargs, "--chat_template_kwargs")
 
 
 def check_options(options: SftOptions) -> None:
@@ -154,6 +178,11 @@ def check_options(options: SftOptions) -> None:
         raise UserError(f"--samples must be at least 0, got {options.samples}")
     if options.max_length < 8:
         raise UserError(f"--max_length must be at least 8, got {options.max_length}")
+    column_names(options.columns)
+    if options.chat_template not in (None, NONE):
+        read_chat_template(options.chat_template)
+    if isinstance(options.chat_template_kwargs, dict) and (name := reserved(options.chat_template_kwargs)):
+        raise UserError(f"--chat_template_kwargs: {name} is an argument of apply_chat_template, not of a template")
     if not options.stall_timeout >= 0:
         raise UserError(f"--stall_timeout must be at least 0 seconds, got {options.stall_timeout}")
     if options.offload and options.zero != 3:

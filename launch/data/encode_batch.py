@@ -9,7 +9,8 @@ import pyarrow
 
 from launch.common.errors import Reject
 from launch.common.messages import one_line, shortened
-from launch.data.examples.formats import detect_format, to_example
+from launch.data.examples.columns import Columns
+from launch.data.examples.formats import detect_format, to_example, used_columns
 from launch.data.examples.kinds import Example
 from launch.data.examples.rows import IGNORED, Row
 from launch.data.examples.special_tokens import SpelledOut
@@ -36,6 +37,8 @@ class EncodedBatch(NamedTuple):
     outcomes: list[Kept | Rejected | Note]
     rows: pyarrow.RecordBatch
     digests: bytes
+    found: frozenset[str] = frozenset()  # the columns of its records
+    used: frozenset[str] = frozenset()  # those that play a part
 
     def first_rows(self, count: int) -> "EncodedBatch":
         """Return the batch up to its row number `count`."""
@@ -43,7 +46,8 @@ class EncodedBatch(NamedTuple):
             return self
         kept = [number for number, outcome in enumerate(self.outcomes) if isinstance(outcome, Kept)]
         end = kept[count]
-        return EncodedBatch(self.outcomes[:end], self.rows.slice(0, count), self.digests[: count * DIGEST_BYTES])
+        digests = self.digests[: count * DIGEST_BYTES]
+        return EncodedBatch(self.outcomes[:end], self.rows.slice(0, count), digests, self.found, self.used)
 
 
 class BatchEncoder:
@@ -52,35 +56,43 @@ class BatchEncoder:
     Args:
         tokenizer: Whose special tokens are looked for in texts.
         encode: Makes a row of an example.
+        columns: Columns that are read under other names.
     """
 
-    def __init__(self, tokenizer, encode: Callable[[Example], Row]):
+    def __init__(self, tokenizer, encode: Callable[[Example], Row], columns: Columns | None = None):
         self._special, self._encode = SpelledOut(tokenizer), encode
+        self.columns = columns or Columns()
 
     def __call__(self, batch: Sequence[Record | Rejected | Note]) -> EncodedBatch:
         """Encode a batch. Raises DataError for what no row could be encoded with, such as a missing template."""
         outcomes: list[Kept | Rejected | Note] = []
         rows: list[dict] = []
         digests = []
+        found: set[str] = set()
+        used: set[str] = set()
         for record in batch:
             if not isinstance(record, Record):
                 outcomes.append(record)
                 continue
+            found.update(record.fields)
             try:
-                kept, row = self._row(record)
+                kept, row = self._row(record, used)
             except Reject as reject:
                 outcomes.append(Rejected.of(record.where, reject))
                 continue
             outcomes.append(kept)
             rows.append(row | {"length": len(row["input_ids"]), "where": one_line(record.where)})
             digests.append(row_digest(row))
-        return EncodedBatch(outcomes, as_batch(rows), b"".join(digests))
+        return EncodedBatch(outcomes, as_batch(rows), b"".join(digests), frozenset(found), frozenset(used))
 
-    def _row(self, record: Record) -> tuple[Kept, Row]:
-        format = detect_format(record.fields)
+    def _row(self, record: Record, used: set[str]) -> tuple[Kept, Row]:
+        """Encode a record, and add the columns that its format uses to `used`."""
+        fields = self.columns.rename(record.fields)
+        format = detect_format(fields)
         if format is None:
-            raise Reject(UNRECOGNISED, shortened(", ".join(map(str, record.fields))) or "none")
-        example = to_example(record, format)
+            raise Reject(UNRECOGNISED, shortened(", ".join(map(str, fields))) or "none")
+        used |= used_columns(format, self.columns)
+        example = to_example(Record(fields, record.where), format)
         try:
             row = self._encode(example)
         except MemoryError:

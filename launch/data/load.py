@@ -10,10 +10,13 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from launch.config.chat_template import NONE
+from launch.config.columns import column_names
 from launch.config.options import SftOptions
 from launch.data.cache import Cache, fingerprint
 from launch.data.encode import Encoder
 from launch.data.encode_batch import BatchEncoder
+from launch.data.examples.columns import Columns
 from launch.data.examples.rows import IGNORED
 from launch.data.prepare import prepare
 from launch.data.prepared import EncodedData, damage, open_prepared
@@ -48,10 +51,15 @@ def _prepare(options: SftOptions, sources: Sources) -> dict:
     cache = Cache(None)
     pieces = train_once(options, cache, sources.train) if options.model is None else None
     tokenizer = load_tokenizer(options, pieces)
-    encoder = BatchEncoder(tokenizer, Encoder(tokenizer, options.max_length))
+    columns, pairs_as_chat = Columns(column_names(options.columns)), options.chat_template != NONE
+    assert not isinstance(options.chat_template_kwargs, str)  # parsed by now
+    encode = Encoder(tokenizer, options.max_length, options.chat_template_kwargs, pairs_as_chat=pairs_as_chat)
+    encoder = BatchEncoder(tokenizer, encode, columns)
     facts = {
         "sources": sources.fingerprints(),
         "tokenizer": describe_tokenizer(tokenizer),
+        "columns": columns.renamed,
+        "chat template": [options.chat_template_kwargs, pairs_as_chat],
         "max_length": options.max_length,
         "versions": [library.__version__ for library in (tokenizers, transformers, jinja2)],
     }

@@ -8,7 +8,9 @@ from datetime import datetime
 from pathlib import Path
 
 from launch.common.atomic_files import write_whole
+from launch.common.messages import shortened
 from launch.data.encode_batch import DIGEST_BYTES, UNRECOGNISED, BatchEncoder, EncodedBatch, Kept
+from launch.data.examples.columns import Columns
 from launch.data.examples.formats import known_formats
 from launch.data.prepared import ROWS, SUMMARY, Summary, checksum
 from launch.data.progress import RowsProgress
@@ -48,9 +50,10 @@ def prepare(
     ):
         counts = [rows.read(source, file, pool, progress) for source in sources.train]
         count = len(rows.lengths)
-        rows.require(count, sources)
+        rows.require(count, encoder.columns)
         for source in sources.heldout:
             rows.read(source, file, pool, progress)
+    rows.check_columns(encoder.columns)
     if sources.heldout:
         if len(rows.lengths) == count:
             names = ", ".join(repr(source.name) for source in sources.heldout)
@@ -85,6 +88,8 @@ class _Rows:
         self.strict = strict
         self.report = DropReport()
         self.formats: Counter[str] = Counter()
+        self.found: set[str] = set()
+        self.used: set[str] = set()
         self.lengths, self.learned, self.digests = array("i"), array("i"), bytearray()
 
     def read(self, source: Source, file: RowsWriter, pool: Pool, progress: RowsProgress) -> int:
@@ -106,6 +111,8 @@ class _Rows:
                 self._keep(outcome)
         self.lengths.extend(batch.rows.column("length").to_pylist())
         self.digests += batch.digests
+        self.found |= batch.found
+        self.used |= batch.used
 
     def _keep(self, kept: Kept) -> None:
         self.formats[kept.format] += 1
@@ -115,16 +122,25 @@ class _Rows:
         if kept.special_token:
             self.report.spelled_out[kept.where] = kept.special_token
 
-    def require(self, count: int, sources: Sources) -> None:
+    def check_columns(self, columns: Columns) -> None:
+        """Note the columns that play no part. Raises DataError for one that is to be renamed and is not there."""
+        if problem := columns.problem(self.found):
+            raise DataError(problem)
+        if unused := sorted(self.found - self.used):
+            self.report.left_out.append(f"columns that play no part: {shortened(', '.join(unused), 300)}")
+
+    def require(self, count: int, columns: Columns) -> None:
         """Raise DataError if there is no row to train on."""
         if count:
             return
+        if problem := columns.problem(self.found):
+            raise DataError(problem)
         reasons = self.report.counts()
         if set(reasons) == {UNRECOGNISED}:
             first = self.report.rejections[0]
             raise DataError(
                 f"No format is recognised. {first.where} has the fields {first.detail}; expected one of: "
-                f"{known_formats()}. Rename the fields."
+                f"{known_formats()}. Rename the fields (--columns prompt=...,completion=...)."
             )
         raise DataError(f"No training rows are left; fix the rows named here.\n{self.report.summary()}")
 

@@ -11,8 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launch.common.errors import UserError
 from launch.common.messages import error_line, typed_error_line
+from launch.config.chat_template import NONE, read_chat_template
+from launch.config.columns import column_names
 from launch.config.options import SftOptions
 from launch.data.cache import Cache, fingerprint
+from launch.data.examples.columns import Columns
 from launch.data.read import Source
 from launch.data.train_tokenizer import learn_pieces, tokenizer_of
 from launch.data.training_texts import training_texts
@@ -23,12 +26,19 @@ PIECES = "pieces.json"
 def train_once(options: SftOptions, cache: Cache, sources: Sequence[Source]) -> Path:
     """Return the file of the pieces that a tokenizer learned from the sources, now or in an earlier run."""
 
+    columns = Columns(column_names(options.columns))
+
     def make(folder: Path) -> None:
-        pieces = learn_pieces(training_texts(sources), options.tokenizer_size)
+        pieces = learn_pieces(training_texts(sources, columns), options.tokenizer_size)
         (folder / PIECES).write_text(json.dumps(pieces))
 
     made_from = [(source.name, source.fingerprint()) for source in sources]
-    facts = {"pieces of": made_from, "size": options.tokenizer_size, "sentencepiece": sentencepiece.__version__}
+    facts = {
+        "pieces of": made_from,
+        "columns": columns.renamed,
+        "size": options.tokenizer_size,
+        "sentencepiece": sentencepiece.__version__,
+    }
     return cache.find_or_make(fingerprint(facts), _damage, make)[0] / PIECES
 
 
@@ -41,7 +51,16 @@ def _damage(folder: Path) -> str | None:
 
 
 def load_tokenizer(options: SftOptions, pieces: Path | None = None) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, or the one with these pieces if there is no model."""
+    """Load the model's tokenizer, or the one with these pieces if there is no model, with the flags' template."""
+    tokenizer = _load(options, pieces)
+    if options.chat_template not in (None, NONE):
+        tokenizer.chat_template = read_chat_template(options.chat_template)
+    if options.chat_template_kwargs and not tokenizer.chat_template:
+        raise UserError("--chat_template_kwargs: the tokenizer has no chat template; give --chat_template FILE")
+    return tokenizer
+
+
+def _load(options: SftOptions, pieces: Path | None) -> PreTrainedTokenizerBase:
     if options.model is None:
         assert pieces is not None
         return tokenizer_of(json.loads(pieces.read_text()), options.tokenizer_size)

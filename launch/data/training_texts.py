@@ -4,19 +4,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from launch.common.errors import Reject
+from launch.data.examples.columns import Columns
 from launch.data.examples.formats import detect_format, to_example
 from launch.data.examples.kinds import ChatExample, PairExample, TextExample
 from launch.data.read import Source
 from launch.data.records import DataError, Record
 
 
-def training_texts(sources: Iterable[Source]) -> Iterator[str]:
-    """Yield the texts of all rows. Raises DataError for rows that are tokenised already."""
+def training_texts(sources: Iterable[Source], columns: Columns | None = None) -> Iterator[str]:
+    """Yield the texts of all rows, some of whose columns are read under other names.
+
+    Raises DataError for rows that are tokenised already.
+    """
     for source in sources:
         for record in source.records():
-            if isinstance(record, Record) and (format := detect_format(record.fields)):
+            if not isinstance(record, Record):
+                continue
+            fields = columns.rename(record.fields) if columns else record.fields
+            if format := detect_format(fields):
                 with suppress(Reject):  # which is counted when rows are encoded
-                    yield from _texts(to_example(record, format))
+                    yield from _texts(to_example(Record(fields, record.where), format))
 
 
 def _texts(example) -> Iterator[str]:

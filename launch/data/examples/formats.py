@@ -6,6 +6,7 @@ part (`unused_fields`) is named in the log.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from launch.common.errors import Reject
 from launch.data.examples.chat_messages import Message, learned_answers, messages
@@ -65,6 +66,7 @@ def to_example(record: Record, format: str) -> Example:
         raise Reject("nested too deeply") from None
 
 
+@cache
 def used_fields(format: str) -> frozenset[str]:
     """The fields that a format uses, or looks at and rejects."""
     return frozenset((*FORMATS[format].needs, *FORMATS[format].may, *_rejected(format)))
@@ -76,7 +78,12 @@ def unused_fields(names: Iterable[str], format: str, columns: Columns | None = N
     Args:
         names: the record's fields as they were read, before `columns` renamed them.
     """
-    return set(names) - (columns or Columns()).columns_of(used_fields(format))
+    return set(names) - used_columns(format, columns or Columns())
+
+
+def used_columns(format: str, columns: Columns) -> set[str]:
+    """The columns of the data that a format uses, under the names that `columns` gives them."""
+    return columns.columns_of(used_fields(format))
 
 
 def known_formats() -> str:
@@ -84,6 +91,7 @@ def known_formats() -> str:
     return "; ".join(f"{name} ({', '.join(format.needs)})" for name, format in FORMATS.items())
 
 
+@cache
 def _rejected(format: str) -> tuple[str, ...]:
     """The fields that change the meaning of a row, and that `format` cannot use."""
     if "input_ids" in FORMATS[format].needs:

@@ -3,18 +3,11 @@
 from typing import Any
 
 from launch.common.errors import Reject
-from launch.common.messages import shortened
+from launch.config.chat_template import reserved
 from launch.data.examples.values import Fields, from_json, holds, nested, only_one
 
 TOOLS = ("tools", "functions")  # OpenAI's, and its older spelling
 FIELDS = (*TOOLS, "documents", "chat_template_kwargs")
-# Arguments of `apply_chat_template` itself: a row sets none of them, least of all the template, which is a program.
-RESERVED = {
-    *("self", "conversation", "conversations", "messages", "tools", "documents", "kwargs"),
-    *("chat_template", "add_generation_prompt", "continue_final_message", "sanitize_control_tokens"),
-    *("tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
-    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
-}
 
 
 def template_kwargs(fields: Fields) -> dict[str, Any]:
@@ -24,8 +17,8 @@ def template_kwargs(fields: Fields) -> dict[str, Any]:
         kwargs = nested(fields, "chat_template_kwargs")
         if not isinstance(kwargs, dict):
             raise Reject("chat_template_kwargs is not an object", type(kwargs).__name__)
-        if taken := [name for name in kwargs if name in RESERVED]:
-            raise Reject("chat_template_kwargs sets what is not the template's own", shortened(", ".join(taken)))
+        if name := reserved(kwargs):
+            raise Reject("chat_template_kwargs sets what is not the template's own", name)
     kwargs = dict(kwargs)
     if name := only_one(fields, *TOOLS):
         kwargs["tools"] = [_tool(tool) for tool in _list(fields, name)]

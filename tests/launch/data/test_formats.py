@@ -1,6 +1,5 @@
 """What each format of a record becomes, what is rejected rather than left out, and what columns play no part."""
 
-import inspect
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -8,8 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from launch.common.errors import Reject
 from launch.data.examples.columns import Columns
@@ -22,7 +19,6 @@ from launch.data.examples.formats import (
     used_fields,
 )
 from launch.data.examples.kinds import ChatExample, Example, PairExample, TextExample, TokenExample
-from launch.data.examples.template_kwargs import RESERVED
 from launch.data.records import Record
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guide.md"
@@ -315,11 +311,6 @@ def test_documents_and_settings_reach_the_template():
         "chat_template_kwargs": '{"thinking": true}',
     }
     assert convert(fields).template_kwargs == {"documents": [{"title": "t", "text": "d"}], "thinking": True}
-
-
-def test_no_argument_of_apply_chat_template_is_a_rows():
-    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
-        assert set(inspect.signature(function).parameters) <= RESERVED
 
 
 def test_null_columns_do_not_decide_the_format():
