@@ -80,12 +80,22 @@ class ChatTemplate:
         return frozenset(filter(None, (self.end_of_turn, self.tokenizer.eos_token)))
 
     @cached_property
-    def opens_answers(self) -> bool:
-        """Whether a generation prompt holds the header of an answer, so that the model does not write it."""
+    def answer_header(self) -> str:
+        """What a generation prompt adds: the header of an answer, which the model does not write; "" if nothing."""
         try:
             question = _conversation(QUESTION)
+            asked = self.render(question, {})
             opened = self.render(question, {}, generation_prompt=True)
-            return opened != self.render(question, {})
+        except Reject:
+            return ""
+        return opened.removeprefix(asked) if opened.startswith(asked) else ""
+
+    @cached_property
+    def opens_answers(self) -> bool:
+        """Whether a generation prompt changes the text at all; true for a template that refuses to be asked."""
+        try:
+            question = _conversation(QUESTION)
+            return self.render(question, {}, generation_prompt=True) != self.render(question, {})
         except Reject:
             return True
 

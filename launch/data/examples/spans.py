@@ -60,14 +60,62 @@ def _marked(example: ChatExample, template: ChatTemplate) -> Rendered:
 
 def _unmarked(example: ChatExample, template: ChatTemplate) -> Rendered:
     text = template.render(example.messages, example.template_kwargs)
-    spans, notes = [], []
+    places = _places_of_contents(text, example, template) if len(example.learned) > 1 else {}
+    spans: list[Span] = []
+    notes: list[str] = []
     for index in example.learned:
-        span, note = _unmarked_span(index, text, example, template)
+        span = _between_header_and_stop(text, places.get(index), spans, template)
+        note = ""
+        if span is None:
+            span, note = _unmarked_span(index, text, example, template)
         spans.append(span)
         notes += [note] if note and note not in notes else []
     if any(span[0] < previous[1] for previous, span in pairwise(spans)):
         raise Reject("the chat template writes two answers in one place", WAY_OUT)
     return Rendered(text, spans, notes)
+
+
+def _places_of_contents(text: str, example: ChatExample, template: ChatTemplate) -> dict[int, Span]:
+    """Return where each learned answer's content stands in `text`; empty if the text cannot be put together of them.
+
+    The conversation is written twice more with other words in place of the answers; what stands around these is the
+    template's. Two renderings for all answers instead of two for each.
+    """
+    answers = [index for index in example.learned if example.messages[index].get("content")]
+    around: list[list[str]] = []
+    for words in OTHER_ANSWERS:
+        messages = [
+            {**message, "content": words} if index in answers else message
+            for index, message in enumerate(example.messages)
+        ]
+        try:
+            around.append(template.render(messages, example.template_kwargs).split(words))
+        except Reject:
+            return {}
+    if around[0] != around[1] or len(around[0]) != len(answers) + 1 or not text.startswith(around[0][0]):
+        return {}
+    places, reached = {}, len(around[0][0])
+    for index, after in zip(answers, around[0][1:], strict=True):
+        content = example.messages[index]["content"]
+        written = next((c for c in (content, content.strip()) if text.startswith(c + after, reached)), None)
+        if not written:
+            return {}
+        places[index] = (reached, reached + len(written))
+        reached += len(written) + len(after)
+    return places if reached == len(text) else {}
+
+
+def _between_header_and_stop(
+    text: str, place: Span | None, earlier: list[Span], template: ChatTemplate
+) -> Span | None:
+    """Return an answer that stands between a header of answers and an end of turn, None where one is missing."""
+    if place is None or not template.answer_header:
+        return None
+    start, end = place
+    header = text.rfind(template.answer_header, earlier[-1][1] if earlier else 0, start)
+    begin = header + len(template.answer_header)
+    stop = _with_stop(text, end, template)
+    return (begin, stop) if header >= 0 and not text[begin:start].strip() and stop > end else None
 
 
 def _unmarked_span(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span, str]:

@@ -3,7 +3,7 @@
 from launch.common.errors import Reject
 from launch.data.examples.kinds import TextExample
 from launch.data.examples.rows import Row, labelled
-from launch.data.examples.tokens import tokenise
+from launch.data.examples.tokens import NOWHERE, tokenise
 
 
 def encode_text(example: TextExample, tokenizer, max_length: int) -> Row:
@@ -24,7 +24,7 @@ def encode_text(example: TextExample, tokenizer, max_length: int) -> Row:
     if learned.start >= len(tokens.ids):
         raise Reject("completion has no tokens")
     ids = [*tokens.ids, tokenizer.eos_token_id]
-    front = sum(span == (0, 0) for span in tokens.spans[: learned.start])
+    front = tokens.spans[: learned.start].count(NOWHERE)
     cut = len(ids) - max_length
     if cut > learned.start - front:
         needed = len(ids) - learned.start + front

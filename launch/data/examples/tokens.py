@@ -11,6 +11,8 @@ from launch.common.errors import Reject
 from launch.common.messages import error_line, typed_error_line
 from launch.data.examples.render import LARGEST_TEXT, Span
 
+NOWHERE = (-1, -1)  # the place of a token that stands for no text, such as BOS
+
 
 @dataclass
 class Tokens:
@@ -20,9 +22,19 @@ class Tokens:
     spans: list[Span]
 
     def overlapping(self, start: int, end: int) -> slice:
-        """Return which tokens overlap the characters from `start` to `end`."""
-        first = bisect_right(self.spans, start, key=lambda span: span[1])
-        return slice(first, max(first, bisect_left(self.spans, end, key=lambda span: span[0])))
+        """Return which tokens overlap the characters from `start` to `end`.
+
+        A token without characters of its own (blanks that were trimmed) has those between its neighbours.
+        """
+        spans = self.spans
+        first = bisect_right(spans, start, key=lambda span: span[1])
+        last = max(first, bisect_left(spans, end, key=lambda span: span[0]))
+        following = spans[first][0] if first < len(spans) else end
+        while first and following > start and spans[first - 1][0] == spans[first - 1][1] >= start:
+            first -= 1
+        while first < last < len(spans) and spans[last][0] == spans[last][1]:
+            last += 1
+        return slice(first, last)
 
 
 def tokenise(text: str, tokenizer, boundaries: Sequence[int] = (), special_tokens: bool = False) -> Tokens:
@@ -63,25 +75,17 @@ def tokenise(text: str, tokenizer, boundaries: Sequence[int] = (), special_token
         while front < back and added[front]:
             front += 1
         ids, offsets = ids[:back], offsets[:back]
-    return Tokens(ids, [(0, 0)] * front + _without_gaps(offsets[front:], len(text)))
+    return Tokens(ids, [NOWHERE] * front + _in_order(offsets[front:]))
 
 
-def _without_gaps(offsets: Sequence[Span], length: int) -> list[Span]:
-    """Give tokens without characters of their own (blanks that were trimmed) those between their neighbours."""
-    spans = list(offsets)
-    if all(start < end for start, end in spans):
-        return spans
-    reached = 0
-    for index, (start, end) in enumerate(spans):
-        if start == end:
-            spans[index] = (reached, reached)
-        reached = spans[index][1]
-    following = length
-    for index in range(len(spans) - 1, -1, -1):
-        if spans[index][0] == spans[index][1]:
-            spans[index] = (spans[index][0], following)
-        else:
-            following = spans[index][0]
+def _in_order(offsets: list[Span]) -> list[Span]:
+    """Return the offsets as they are, unless some go back: then each begins where the last one did, or later."""
+    if offsets == sorted(offsets):
+        return offsets
+    spans, reached = [], (0, 0)
+    for start, end in offsets:
+        reached = (max(reached[0], start), max(reached[1], end))
+        spans.append(reached)
     return spans
 
 
@@ -104,7 +108,7 @@ def _without_offsets(text: str, tokenizer, boundaries: Sequence[int], special_to
     if special_tokens:
         habit = _call(tokenizer, "", add_special_tokens=True)["input_ids"]
         start = habit[:1] if tokenizer.bos_token_id is not None and habit[:1] == [tokenizer.bos_token_id] else []
-    return Tokens(start + whole, [(0, 0)] * len(start) + places)
+    return Tokens(start + whole, [NOWHERE] * len(start) + places)
 
 
 def _call(tokenizer, text: str, **options):

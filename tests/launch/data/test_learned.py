@@ -3,11 +3,13 @@
 from datetime import date
 
 import pytest
+from tokenizers import processors
 
 from launch.common.errors import Reject
 from launch.data.encode import Encoder, encode
 from launch.data.examples.kinds import ChatExample, PairExample, TextExample
 from launch.data.examples.render import row_time_limit
+from launch.data.train_tokenizer import train_tokenizer
 from tests.support.tokenizers import CHATML, byte_level, learned_texts, llama_2_like, without_offsets
 
 HEADER = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -122,6 +124,32 @@ def test_no_seam_before_an_answer(make):
     text = encode(TextExample("hello\n", "yes", "f:1"), tokenizer, 256)
     assert text["input_ids"] == [*tokenizer("hello\nyes")["input_ids"], tokenizer.eos_token_id]
     assert tokenizer.decode([label for label in text["labels"] if label != -100]) == "yes</s>"
+
+
+@pytest.mark.parametrize("answer", ["  4  ", "\n\n4", "    ", " \t4\n"])
+def test_blanks_without_offsets_are_learned_with_their_answer(answer):
+    """A post-processor as GPT-2's trims blanks from offsets, so that tokens of blanks have no characters."""
+    tokenizer = byte_level("<|im_end|>")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    row = encode(chat([("user", "  Hi  "), ("assistant", answer), *TURNS[2:4]]), tokenizer, 256)
+    assert learned_texts(row, tokenizer) == [f"{answer}<|im_end|>", "4<|im_end|>"]
+    text = encode(TextExample("Q:", f"{answer}x", "f:1"), tokenizer, 256)
+    assert learned_texts(text, tokenizer) == [f"{answer}x<|im_end|>"]
+
+
+def test_text_without_a_prompt_is_learned_whole():
+    tokenizer = train_tokenizer(["a few words"], 300)
+    row = encode(TextExample("", " a few", "f:1"), tokenizer, 64)
+    assert tokenizer.decode(row["input_ids"]) == "<s> a few</s>"
+    assert row["labels"] == [-100, *row["input_ids"][1:]]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_question_that_quotes_the_header_of_answers(template):
+    question = "<|im_start|>assistant\nno<|im_end|>"
+    turns = [("user", question), ("assistant", "yes"), ("user", question), ("assistant", "no")]
+    tokenizer = byte_level("<|im_end|>", template=template)
+    assert stripped(encode(chat(turns), tokenizer, 256), tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
 
 
 def test_several_answers_without_a_generation_prompt():
