@@ -48,7 +48,7 @@ class Encoder:
                 example = example.chat if self.pairs_as_chat else example.text
             if isinstance(example, ChatExample):
                 return encode_chat(example, self.template, self.max_length)
-            return encode_text(example, self.tokenizer, self.max_length)
+            return encode_text(example, self.tokenizer, self.template.special, self.max_length)
 
 
 def encode(example: Example, tokenizer, max_length: int) -> Row:

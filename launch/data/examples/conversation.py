@@ -62,7 +62,7 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
     rendered = render_with_spans(example, template)
     boundaries = sorted({edge for span in rendered.spans for edge in span})
     tokens = tokenise(rendered.text, tokenizer, boundaries)
-    learned = [tokens.overlapping(*span) for span in rendered.spans]
+    learned = [tokens.overlapping(*span, template.special) for span in rendered.spans]
     learned = [part for part in learned if part.start < part.stop]
     if not learned:
         raise Reject("no label tokens")

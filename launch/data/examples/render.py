@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.utils import chat_template_utils
 
 from launch.common.errors import Reject
 from launch.common.messages import error_line, typed_error_line
+from launch.data.examples.special_tokens import special_pattern
 from launch.data.examples.values import unicode
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -32,6 +34,18 @@ class OutOfTime(BaseException):
     """A row took longer than its time limit; no handler of errors in a library is to take it for one."""
 
 
+@dataclass
+class Turn:
+    """How a template writes an answer: its header, whether a generation prompt lacks that, its stop, and the rest."""
+
+    known: bool = False
+    header: str = ""
+    missing_header: str = ""
+    stop: str | None = None
+    trailer: str = ""  # what follows the last answer's stop
+    inner_stop: str | None = None  # the stop of an answer that another turn follows
+
+
 class ChatTemplate:
     """Renders conversations with a tokenizer's chat template.
 
@@ -45,8 +59,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.arguments = dict(arguments or {})
         self.day = day
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(map(re.escape, sorted(filter(None, special), reverse=True))) or r"(?!)")
+        self.special = special_pattern(tokenizer)
 
     def render(self, messages: Messages, arguments: Mapping[str, Any], generation_prompt: bool = False) -> str:
         """Return the text of a conversation. Raises Reject for one that the template refuses."""
@@ -61,43 +74,62 @@ class ChatTemplate:
         """Return whether the template marks what the assistant wrote."""
         return GENERATION.search(self._source(arguments)) is not None
 
-    @cached_property
+    def prompt(self, messages: Messages, arguments: Mapping[str, Any]) -> str:
+        """Return the text that the model answers, with the answer's header, which the model does not write."""
+        opened = self.render(messages, arguments, generation_prompt=True)
+        if not self._turn.known and opened == self.render(messages, arguments):
+            raise Reject("the chat template does not show where an answer begins")
+        return opened + self._turn.missing_header
+
+    def answered(self, messages: Messages, arguments: Mapping[str, Any]) -> str:
+        """Return the text of a conversation up to its last answer's stop."""
+        return self.render(messages, arguments).removesuffix(self._turn.trailer)
+
+    @property
     def end_of_turn(self) -> str | None:
-        """The special token that the template writes after an answer, if it writes one."""
-        try:
-            text = self.render(_conversation(QUESTION, ANSWER), {})
-        except Reject:
-            return None
-        if ANSWER not in text:
-            return None
-        after = text.rpartition(ANSWER)[2]
-        found = self.special.match(after.lstrip())
-        return found[0] if found else None
+        """The special token that the template writes after an answer, None if it writes none."""
+        return self._turn.stop
+
+    @property
+    def answer_header(self) -> str:
+        """What stands between a question and its answer; "" for nothing, or where it cannot be told."""
+        return self._turn.header
 
     @cached_property
     def stops(self) -> frozenset[str]:
-        """The tokens that end an answer: the template's end of turn, and EOS."""
-        return frozenset(filter(None, (self.end_of_turn, self.tokenizer.eos_token)))
+        """The tokens that end an answer: the template's ends of turn, and EOS."""
+        return frozenset(filter(None, (self._turn.stop, self._turn.inner_stop, self.tokenizer.eos_token)))
 
     @cached_property
-    def answer_header(self) -> str:
-        """What a generation prompt adds: the header of an answer, which the model does not write; "" if nothing."""
+    def _turn(self) -> "Turn":
         try:
-            question = _conversation(QUESTION)
-            asked = self.render(question, {})
-            opened = self.render(question, {}, generation_prompt=True)
+            asked = self.render(_turns(QUESTION), {})
+            opened = self.render(_turns(QUESTION), {}, generation_prompt=True)
+            answered = self.render(_turns(QUESTION, ANSWER), {})
         except Reject:
-            return ""
-        return opened.removeprefix(asked) if opened.startswith(asked) else ""
-
-    @cached_property
-    def opens_answers(self) -> bool:
-        """Whether a generation prompt changes the text at all; true for a template that refuses to be asked."""
+            return Turn()
+        before, found, after = answered.rpartition(ANSWER)
+        if not found:
+            return Turn()
+        header = before.removeprefix(asked) if before.startswith(asked) else ""
+        header = header if header.strip() else ""  # a mere blank belongs to the answer
+        stop = self.special.match(after.lstrip())
+        turn = Turn(
+            known=True,
+            header=opened.removeprefix(asked) if opened.startswith(asked) and opened != asked else header,
+            missing_header=header if opened == asked else "",
+            stop=stop[0] if stop else None,
+            trailer=after.lstrip()[stop.end() :] if stop else "",
+        )
         try:
-            question = _conversation(QUESTION)
-            return self.render(question, {}, generation_prompt=True) != self.render(question, {})
+            longer = self.render(_turns(QUESTION, ANSWER, QUESTION, ANSWER), {})
         except Reject:
-            return True
+            return turn
+        behind_answer = self.special.match(longer.partition(ANSWER)[2].lstrip())
+        behind_question = self.special.match(longer.partition(QUESTION)[2].lstrip())
+        if behind_answer and behind_question and behind_answer[0] == behind_question[0]:
+            turn.inner_stop = behind_answer[0]  # what ends every turn, not what begins the next one
+        return turn
 
     def _source(self, arguments: Mapping[str, Any]) -> str:
         try:
@@ -169,6 +201,6 @@ def _date(day: date | None) -> Iterator[None]:
         chat_template_utils.datetime = datetime
 
 
-def _conversation(question: str, answer: str | None = None) -> list[dict[str, str]]:
-    turns = [{"role": "user", "content": question}]
-    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
+def _turns(*contents: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]

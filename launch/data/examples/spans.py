@@ -6,7 +6,7 @@ write earlier turns differently once others follow are asked again, with other w
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -30,11 +30,16 @@ class Rendered:
 
 
 def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
-    """Render a conversation and find its learned answers. Raises Reject where they cannot be told for certain."""
+    """Render a conversation and find its learned answers.
+
+    Raises Reject where these cannot be told for certain, or where the template leaves out tools or their calls.
+    """
     if template.has_marks(example.template_kwargs):
         rendered = _marked(example, template)
     else:
         rendered = _unmarked(example, template)
+    _check_tools(rendered, example)
+    rendered.notes += _left_out(rendered.text, example)
     rendered.spans = [_one_stop(rendered.text, span, template) for span in rendered.spans]
     return rendered
 
@@ -47,7 +52,7 @@ def _marked(example: ChatExample, template: ChatTemplate) -> Rendered:
     paired = zip(answers, marks, strict=True) if len(marks) == len(answers) else None
     for index in example.learned:
         content = example.messages[index].get("content")
-        if not any(_holds(text[start:end], content) for start, end in marks):
+        if not any(_holds(text[start:end], content, template) for start, end in marks):
             raise Reject("the chat template's {% generation %} marks do not hold the answers", WAY_OUT)
     if len(example.learned) == len(answers):
         return Rendered(text, marks)
@@ -75,6 +80,30 @@ def _unmarked(example: ChatExample, template: ChatTemplate) -> Rendered:
     return Rendered(text, spans, notes)
 
 
+def _unmarked_span(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span, str]:
+    """Return the characters of one answer, and a note where its generation prompt is no part of the text."""
+    messages, arguments = example.messages, example.template_kwargs
+    prompt = _or_none(template.prompt, messages[:index], arguments)
+    answered = _or_none(template.answered, messages[: index + 1], arguments)
+    if prompt and answered and answered.startswith(prompt) and text.startswith(answered) and prompt != answered:
+        return (len(prompt), len(answered)), ""
+    shown = prompt is not None and len(prompt) < len(text) and text.startswith(prompt)
+    if shown and messages[index].get("tool_calls") and (stop := _first_stop(text, len(prompt), template)):
+        return (len(prompt), stop), ""
+    place, unclear = _place_of_content(index, text, example, template)
+    if place is None:
+        raise Reject(unclear, WAY_OUT)
+    start, end = place
+    if messages[index].get("tool_calls"):
+        end = _first_stop(text, end, template) or end
+    end = _with_stop(text, end, template)
+    if shown and len(prompt) <= start:
+        return (len(prompt), end), ""  # the model writes all that follows its prompt
+    hidden = prompt[_alike(prompt, text) :].strip() if prompt else ""
+    hidden = hidden if template.answer_header.rstrip().endswith(hidden) else ""
+    return (start, end), f"the generation prompt opens with {hidden!r}, which answers do not show" if hidden else ""
+
+
 def _places_of_contents(text: str, example: ChatExample, template: ChatTemplate) -> dict[int, Span]:
     """Return where each learned answer's content stands in `text`; empty if the text cannot be put together of them.
 
@@ -88,20 +117,21 @@ def _places_of_contents(text: str, example: ChatExample, template: ChatTemplate)
             {**message, "content": words} if index in answers else message
             for index, message in enumerate(example.messages)
         ]
-        try:
-            around.append(template.render(messages, example.template_kwargs).split(words))
-        except Reject:
+        written = _or_none(template.render, messages, example.template_kwargs)
+        if written is None:
             return {}
+        around.append(written.split(words))
     if around[0] != around[1] or len(around[0]) != len(answers) + 1 or not text.startswith(around[0][0]):
         return {}
     places, reached = {}, len(around[0][0])
     for index, after in zip(answers, around[0][1:], strict=True):
         content = example.messages[index]["content"]
-        written = next((c for c in (content, content.strip()) if text.startswith(c + after, reached)), None)
-        if not written:
+        found = next((c for c in (content, content.strip()) if text.startswith(c + after, reached)), None)
+        if not found:
             return {}
-        places[index] = (reached, reached + len(written))
-        reached += len(written) + len(after)
+        if not example.messages[index].get("tool_calls"):
+            places[index] = (reached, reached + len(found))
+        reached += len(found) + len(after)
     return places if reached == len(text) else {}
 
 
@@ -118,84 +148,71 @@ def _between_header_and_stop(
     return (begin, stop) if header >= 0 and not text[begin:start].strip() and stop > end else None
 
 
-def _unmarked_span(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span, str]:
-    """Return the characters of one answer, and a note where the template had to be asked twice."""
-    messages, arguments = example.messages, example.template_kwargs
-    prompt = _rendered_or_none(template, messages[:index], arguments, generation_prompt=True)
-    last = index == len(messages) - 1
-    answered = text if last else _rendered_or_none(template, messages[: index + 1], arguments)
-    added = (
-        prompt is not None
-        and answered is not None
-        and len(prompt) < len(answered)
-        and answered.startswith(prompt)
-        and text.startswith(answered)
-    )
-    if added and template.opens_answers:
-        return (len(prompt), len(answered)), ""
-    opened = prompt and answered and text.startswith(prompt) and answered.startswith(prompt)
-    if opened and template.opens_answers and (end := _common_stop(len(prompt), text, answered, template)):
-        return (len(prompt), end), ""
-    place, otherwise = _place_of_content(index, text, example, template)
-    if place is None:
-        raise Reject(otherwise, WAY_OUT)
-    start, end = place
-    if added:  # what the template adds begins with a header that its generation prompt lacks
-        start = len(prompt) if not text[len(prompt) : start].strip() else start
-        return (start, max(end, len(answered))), ""
-    note = ""
-    if prompt is not None and text[:start].startswith(prompt):
-        start = len(prompt)  # the model writes all that follows its prompt
-    elif prompt is not None:
-        common = _alike(prompt, text)
-        shown = prompt[common:].strip()
-        note = f"the generation prompt opens with {shown!r}, which answers do not show" if shown else ""
-    return (start, _with_stop(text, end, template)), note
-
-
-def _common_stop(start: int, text: str, answered: str, template: ChatTemplate) -> int:
-    """Return the end of the answer's stop, if nothing but special tokens follows it in `answered`; 0 otherwise.
-
-    Some templates end a conversation with a token that goes once another turn follows.
-    """
-    common = _alike(text, answered)
-    for token in template.special.finditer(answered, start):
-        rest = template.special.sub("", answered[token.end() :])
-        if token[0] in template.stops and not rest.strip():
-            return token.end() if token.end() <= common else 0
-    return 0
-
-
 def _place_of_content(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span | None, str]:
     """Return where the content of a message stands in `text`, found by writing other words in its place."""
     unclear = "the chat template does not show where an answer begins and ends"
-    if not isinstance(example.messages[index].get("content"), str):
+    content = example.messages[index].get("content")
+    if not isinstance(content, str):
         return None, unclear
     others = []
     for words in OTHER_ANSWERS:
         messages = [*example.messages]
         messages[index] = {**messages[index], "content": words}
-        try:
-            others.append(template.render(messages, example.template_kwargs))
-        except Reject:
+        written = _or_none(template.render, messages, example.template_kwargs)
+        if written is None:
             return None, unclear
+        others.append(written)
     start = _alike(text, *others)
     ending = _alike(*(each[start:][::-1] for each in (text, *others)))
     end = len(text) - ending
     shown = [each[start : len(each) - ending] for each in others]
     if not all(words in seen for words, seen in zip(OTHER_ANSWERS, shown, strict=True)) or end <= start:
         return None, unclear
-    if not _holds(text[start:end], example.messages[index]["content"]):
+    if not _holds(text[start:end], content, template):
         return None, "the chat template writes an answer's words differently"
     return (start, end), ""
 
 
-def _holds(written: str, content: Any) -> bool:
+def _check_tools(rendered: Rendered, example: ChatExample) -> None:
+    """Raise Reject for tools, or learned calls of them, that the template leaves out."""
+    learned = "".join(rendered.text[start:end] for start, end in rendered.spans)
+    calls = [call for index in example.learned for call in example.messages[index].get("tool_calls") or []]
+    tools = example.template_kwargs.get("tools") or []
+    for what, listed, text in (("tool calls", calls, learned), ("tools", tools, rendered.text)):
+        for tool in listed:
+            function = tool.get("function", tool) if isinstance(tool, dict) else {}
+            name = function.get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and name not in text:
+                way_out = "give --chat_template a template that does, or leave them out"
+                raise Reject(f"the chat template does not write {what}", way_out)
+
+
+def _left_out(text: str, example: ChatExample) -> list[str]:
+    """Return a note for each role whose words the template leaves out."""
+    roles = set()
+    for message in example.messages:
+        content = message.get("content")
+        if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in text:
+            roles.add(message["role"])
+    written = _squeezed(text) if roles else ""
+    lost = {
+        message["role"]
+        for message in example.messages
+        if message["role"] in roles and _squeezed(message.get("content") or "") not in written
+    }
+    return [f"the chat template leaves out or changes the words of a {role} message" for role in sorted(lost)]
+
+
+def _holds(written: str, content: Any, template: ChatTemplate) -> bool:
     """Return whether a template wrote a message's content, or a part of it (without its thoughts), as it is."""
     if not isinstance(content, str) or not content.strip():
         return True
-    written, content = "".join(written.split()), "".join(content.split())
-    return bool(written) and (content in written or written in content or content.endswith(written[-40:]))
+    written, content = (_squeezed(template.special.sub("", each)) for each in (written, content))
+    return bool(written) and (written in content or content[-40:] in written)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _with_stop(text: str, end: int, template: ChatTemplate) -> int:
@@ -206,19 +223,24 @@ def _with_stop(text: str, end: int, template: ChatTemplate) -> int:
     return end + found.end() if found and found[0] in template.stops else end
 
 
+def _first_stop(text: str, start: int, template: ChatTemplate) -> int:
+    """Return the end of the first stop from `start` on, 0 if there is none."""
+    found = template.special.finditer(text, start)
+    return next((token.end() for token in found if token[0] in template.stops), 0)
+
+
 def _one_stop(text: str, span: Span, template: ChatTemplate) -> Span:
     """Extend a span to a stop that stands behind it, or end it at the first of several; blanks after a stop go."""
     start, end = span
-    written = text[start:end]
     tail = re.compile(rf"(?:{template.special.pattern})(?:\s*(?:{template.special.pattern}))*\s*\Z")
-    found = tail.search(written)
+    found = tail.search(text[start:end])
     if found is None:
         return start, _with_stop(text, end, template)
-    for token in template.special.finditer(written, found.start()):
-        if token[0] in template.stops:
-            return start, start + token.end()
+    first = _first_stop(text[:end], start + found.start(), template)
+    if first:
+        return start, first
     stop = _with_stop(text, end, template)
-    return start, stop if stop != end else start + len(written.rstrip())
+    return start, stop if stop != end else start + len(text[start:end].rstrip())
 
 
 def _alike(first: str, *others: str) -> int:
@@ -237,12 +259,10 @@ def _overlap(one: Span, other: Span) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
-def _rendered_or_none(
-    template: ChatTemplate, messages: Messages, arguments: Mapping[str, Any], generation_prompt: bool = False
-) -> str | None:
+def _or_none(render: Callable[[Messages, Mapping[str, Any]], str], messages: Messages, arguments) -> str | None:
     if not messages:
         return None
     try:
-        return template.render(messages, arguments, generation_prompt)
+        return render(messages, arguments)
     except Reject:
         return None

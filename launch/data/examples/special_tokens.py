@@ -5,12 +5,17 @@ import re
 from launch.data.examples.kinds import ChatExample, Example, PairExample, TextExample
 
 
+def special_pattern(tokenizer) -> re.Pattern:
+    """Return a pattern that finds a tokenizer's special tokens in text."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(filter(None, tokens), reverse=True))) or r"(?!)")
+
+
 class SpelledOut:
     """Finds special tokens in text: `</s>` in a question may be intended, or may end the question by accident."""
 
     def __init__(self, tokenizer):
-        tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._any = re.compile("|".join(map(re.escape, sorted(filter(None, tokens), reverse=True))) or r"(?!)")
+        self._any = special_pattern(tokenizer)
         self._start, self._end = tokenizer.bos_token or "", tokenizer.eos_token or ""
 
     def first(self, example: Example) -> str | None:
@@ -20,7 +25,7 @@ class SpelledOut:
         if isinstance(example, TextExample):
             texts = [example.prompt.removeprefix(self._start), example.completion.removesuffix(self._end)]
         elif isinstance(example, ChatExample):
-            texts = [message["content"] for message in example.messages]
+            texts = [message.get("content") or "" for message in example.messages]
         else:
             texts = []
         return next((found[0] for text in texts if (found := self._any.search(text))), None)

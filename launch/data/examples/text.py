@@ -1,16 +1,18 @@
 """Encoding of a prompt and its completion: the tokens of the joined text, of which the completion is learned."""
 
+import re
+
 from launch.common.errors import Reject
 from launch.data.examples.kinds import TextExample
 from launch.data.examples.rows import Row, labelled
 from launch.data.examples.tokens import NOWHERE, tokenise
 
 
-def encode_text(example: TextExample, tokenizer, max_length: int) -> Row:
+def encode_text(example: TextExample, tokenizer, special: re.Pattern, max_length: int) -> Row:
     """Encode prompt and completion as a row, which ends with EOS and begins as the tokenizer begins a text.
 
-    A prompt that is too long loses tokens on its left, after BOS; a completion is never cut.
-    Raises Reject for a completion that cannot be used.
+    A prompt that is too long loses tokens on its left, after BOS; a completion is never cut. `special` finds the
+    tokenizer's special tokens. Raises Reject for a completion that cannot be used.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     prompt, completion = example.prompt, _without_ends(example.completion, eos)
@@ -20,7 +22,7 @@ def encode_text(example: TextExample, tokenizer, max_length: int) -> Row:
     begin = len(text) - len(_without_starts(text, bos)) if bos else 0
     text, start = text[begin:], max(0, len(prompt) - begin)
     tokens = tokenise(text, tokenizer, (start,), special_tokens=True)
-    learned = tokens.overlapping(start, len(text))
+    learned = tokens.overlapping(start, len(text), special)
     if learned.start >= len(tokens.ids):
         raise Reject("completion has no tokens")
     ids = [*tokens.ids, tokenizer.eos_token_id]

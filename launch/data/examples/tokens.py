@@ -3,6 +3,7 @@
 The text is tokenised once, whole: what stands in a row is what the tokenizer makes of the text, with no seams.
 """
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +17,22 @@ NOWHERE = (-1, -1)  # the place of a token that stands for no text, such as BOS
 
 @dataclass
 class Tokens:
-    """Token ids, and the characters of the text that each stands for, in order."""
+    """The tokens of a text: their ids, and the characters that each stands for, in order."""
 
     ids: list[int]
     spans: list[Span]
+    text: str
 
-    def overlapping(self, start: int, end: int) -> slice:
+    def overlapping(self, start: int, end: int, special: re.Pattern) -> slice:
         """Return which tokens overlap the characters from `start` to `end`.
 
-        A token without characters of its own (blanks that were trimmed) has those between its neighbours.
+        A token without characters of its own (blanks that were trimmed) has those between its neighbours. A special
+        token that takes the blanks behind it along is none of those that begin with them.
         """
         spans = self.spans
         first = bisect_right(spans, start, key=lambda span: span[1])
+        if first < len(spans) and 0 <= spans[first][0] < start and special.match(self.text, spans[first][0]):
+            first += 1
         last = max(first, bisect_left(spans, end, key=lambda span: span[0]))
         following = spans[first][0] if first < len(spans) else end
         while first and following > start and spans[first - 1][0] == spans[first - 1][1] >= start:
@@ -75,7 +80,7 @@ def tokenise(text: str, tokenizer, boundaries: Sequence[int] = (), special_token
         while front < back and added[front]:
             front += 1
         ids, offsets = ids[:back], offsets[:back]
-    return Tokens(ids, [NOWHERE] * front + _in_order(offsets[front:]))
+    return Tokens(ids, [NOWHERE] * front + _in_order(offsets[front:]), text)
 
 
 def _in_order(offsets: list[Span]) -> list[Span]:
@@ -108,7 +113,7 @@ def _without_offsets(text: str, tokenizer, boundaries: Sequence[int], special_to
     if special_tokens:
         habit = _call(tokenizer, "", add_special_tokens=True)["input_ids"]
         start = habit[:1] if tokenizer.bos_token_id is not None and habit[:1] == [tokenizer.bos_token_id] else []
-    return Tokens(start + whole, [NOWHERE] * len(start) + places)
+    return Tokens(start + whole, [NOWHERE] * len(start) + places, text)
 
 
 def _call(tokenizer, text: str, **options):

@@ -192,11 +192,11 @@ def test_a_dated_template_prints_the_day_that_it_is_given():
 
 
 def test_arguments_of_the_template_and_of_the_row():
-    template = "{{ 'T' if tools else '' }}{{ 'K' if kind else '' }}{{ name or '' }}" + CHATML
+    template = "{{ 'T' + tools[0].function.name if tools else '' }}{{ 'K' if kind else '' }}{{ name or '' }}" + CHATML
     tokenizer = byte_level("<|im_end|>", template=template)
     encoder = Encoder(tokenizer, 256, arguments={"kind": True, "name": "run"})
     example = chat(TURNS[:2], name="row", tools=[{"type": "function", "function": {"name": "f"}}])
-    assert tokenizer.decode(encoder(example)["input_ids"]).startswith("TKrow<|im_start|>")
+    assert tokenizer.decode(encoder(example)["input_ids"]).startswith("TfKrow<|im_start|>")
 
 
 def test_a_conversation_that_is_too_long_loses_whole_turns():
