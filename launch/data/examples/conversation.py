@@ -66,11 +66,12 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
     learned = [part for part in learned if part.start < part.stop]
     if not learned:
         raise Reject("no label tokens")
-    ids = tokens.ids[: learned[-1].stop]  # nothing is learned from what follows the last answer
+    end = learned[-1].stop  # nothing is learned from what follows the last answer
+    ids, spans = tokens.ids[:end], tokens.spans[:end]
     if not _stops(rendered, tokens, learned, template):
-        ids = [*ids, tokenizer.eos_token_id]
+        ids, spans = [*ids, tokenizer.eos_token_id], [*spans, (spans[-1][1], spans[-1][1])]
         learned.append(slice(len(ids) - 1, len(ids)))
-    row = labelled(ids, learned)
+    row = labelled(ids, learned, rendered.text, spans)
     row["notes"] = rendered.notes
     return row
 

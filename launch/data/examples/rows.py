@@ -6,26 +6,34 @@ from typing import TypedDict
 from launch.common.errors import Reject
 from launch.common.messages import shortened
 from launch.data.examples.kinds import TokenExample
+from launch.data.examples.render import Span
 from smoothing.core.options import DEFAULT_IGNORE_INDEX
 
 IGNORED = DEFAULT_IGNORE_INDEX  # the label of a token that is context only
 
 
 class Row(TypedDict):
-    """Token ids and labels of equal length, how many tokens were cut from the left, and notes for the log."""
+    """Token ids and labels of equal length, and where they come from.
+
+    `prompt_tokens_cut`: how many tokens were cut from the left. `notes`: for the log. `text`: what was tokenised, and
+    `spans`: the characters of it that each token stands for, none for one that was added. A row that came as tokens
+    has no text and no spans.
+    """
 
     input_ids: list[int]
     labels: list[int]
     prompt_tokens_cut: int
     notes: list[str]
+    text: str
+    spans: list[Span]
 
 
-def labelled(ids: list[int], learned: Sequence[slice]) -> Row:
-    """Make a row of which the `learned` tokens are labels."""
+def labelled(ids: list[int], learned: Sequence[slice], text: str, spans: list[Span]) -> Row:
+    """Make a row of which the `learned` tokens are labels; `spans` are the tokens' characters of `text`."""
     labels = [IGNORED] * len(ids)
     for part in learned:
         labels[part] = ids[part]
-    return Row(input_ids=ids, labels=labels, prompt_tokens_cut=0, notes=[])
+    return Row(input_ids=ids, labels=labels, prompt_tokens_cut=0, notes=[], text=text, spans=spans)
 
 
 def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> Row:
@@ -44,4 +52,4 @@ def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> R
     # Nothing precedes position 0, so a label there is never predicted.
     if all(label == IGNORED for label in labels[1:]):
         raise Reject("no label tokens")
-    return Row(input_ids=ids, labels=labels, prompt_tokens_cut=0, notes=[])
+    return Row(input_ids=ids, labels=labels, prompt_tokens_cut=0, notes=[], text="", spans=[])

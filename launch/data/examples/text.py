@@ -31,9 +31,10 @@ def encode_text(example: TextExample, tokenizer, special: re.Pattern, max_length
     if cut > learned.start - front:
         needed = len(ids) - learned.start + front
         raise Reject(f"completion longer than max_length {max_length}", f"{needed} tokens")
-    row = labelled(ids, [slice(learned.start, len(ids))])
+    row = labelled(ids, [slice(learned.start, len(ids))], text, [*tokens.spans, (len(text), len(text))])
     if cut > 0:
-        del row["input_ids"][front : front + cut], row["labels"][front : front + cut]
+        for column in (row["input_ids"], row["labels"], row["spans"]):
+            del column[front : front + cut]
         row["prompt_tokens_cut"] = cut
     return row
 

@@ -218,6 +218,8 @@ def test_tokenised_rows_are_used_as_they_are(tokenizer):
         "labels": [-100, 6, -100],
         "prompt_tokens_cut": 0,
         "notes": [],
+        "text": "",
+        "spans": [],
     }
 
 
