@@ -1,7 +1,8 @@
 """deepspeed launch/sft.py --smoothing 0.1
 
 Fine-tunes a causal LM with a label-smoothed cross entropy whose vocabulary is sharded over tensor-parallel ranks.
-`python launch/sft.py --sanity` checks the same run on one device first; `--help` lists every flag.
+`python launch/sft.py --preview 20` shows what is learned of its data, `--sanity` checks the same run on one device;
+`--help` lists every flag.
 """
 
 import shutil
@@ -35,6 +36,7 @@ from launch.common.paths import DROPPED, MODEL
 from launch.config.command_line import parse_options
 from launch.config.recipe import resolved
 from launch.data.load import load_data
+from launch.data.preview.run import preview
 from launch.data.records import DropReport
 from launch.preflight.checks import check_run
 from launch.process.exit import run_to_its_end
@@ -56,6 +58,8 @@ def main(argv: list[str]) -> None:
     say_log("smoothing")
     if options.sanity:
         sys.exit(check_run(options, training_values))
+    if options.preview:
+        return preview(options, training_values)
     options, args = training_arguments(options, training_values)
     tokenizer, data = load_data(options)
     recipe = resolved(options, args, training_values.get("deepspeed"))

@@ -10,6 +10,9 @@ DEEPSPEED = "deepspeed.json"
 METRICS = "metrics.jsonl"
 DROPPED = "dropped.txt"
 SAMPLES = "samples.jsonl"
+PREVIEW = "preview"  # in RUNS, where a preview is written if no directory is named
+PREVIEW_HTML = "preview.html"
+PREVIEW_JSONL = "preview.jsonl"
 TENSORBOARD = "runs"
 TRACEBACK = "traceback-{rank}.txt"
 TRACEBACKS = TRACEBACK.format(rank="*")

@@ -99,6 +99,10 @@ class DataFlags:
     eval_fraction: float = field(default=0.05, metadata={"help": "Share of --data held out without --eval_data."})
     max_length: int = field(default=512, metadata={"help": "Longest row in tokens; longer prompts lose their start."})
     strict: bool = field(default=False, metadata={"help": "Stop at the first row that cannot be used."})
+    preview: int = field(
+        default=0,
+        metadata={"help": "Show so many rows, with what is learned of them, in an HTML page, and stop; 0: train."},
+    )
 
 
 @dataclass
@@ -183,6 +187,10 @@ def check_options(options: SftOptions) -> None:
         read_chat_template(options.chat_template)
     if isinstance(options.chat_template_kwargs, dict) and (name := reserved(options.chat_template_kwargs)):
         raise UserError(f"--chat_template_kwargs: {name} is an argument of apply_chat_template, not of a template")
+    if options.preview < 0:
+        raise UserError(f"--preview must be at least 0 rows, got {options.preview}")
+    if options.preview and options.sanity:
+        raise UserError("--preview and --sanity each stop before training; give one")
     if not options.stall_timeout >= 0:
         raise UserError(f"--stall_timeout must be at least 0 seconds, got {options.stall_timeout}")
     if options.offload and options.zero != 3:

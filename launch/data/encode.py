@@ -1,6 +1,7 @@
 """Encoding of examples as rows of token ids and labels."""
 
 from collections.abc import Mapping
+from copy import copy
 from datetime import date
 from typing import Any
 
@@ -49,6 +50,12 @@ class Encoder:
             if isinstance(example, ChatExample):
                 return encode_chat(example, self.template, self.max_length)
             return encode_text(example, self.tokenizer, self.template.special, self.max_length)
+
+    def with_length(self, max_length: int) -> "Encoder":
+        """Return the same encoder for rows of another length."""
+        other = copy(self)
+        other.max_length = max_length
+        return other
 
 
 def encode(example: Example, tokenizer, max_length: int) -> Row:

@@ -1,14 +1,15 @@
 """What is made of a batch of records: rows in Arrow, and for each record what became of it."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy
 import pyarrow
 
 from launch.common.errors import Reject
 from launch.common.messages import one_line, shortened
+from launch.data.encode import Encoder
 from launch.data.examples.columns import Columns
 from launch.data.examples.formats import detect_format, to_example, used_columns
 from launch.data.examples.kinds import Example
@@ -59,8 +60,8 @@ class BatchEncoder:
         columns: Columns that are read under other names.
     """
 
-    def __init__(self, tokenizer, encode: Callable[[Example], Row], columns: Columns | None = None):
-        self._special, self._encode = SpelledOut(tokenizer), encode
+    def __init__(self, tokenizer, encode: Encoder, columns: Columns | None = None):
+        self._special, self.encode = SpelledOut(tokenizer), encode
         self.columns = columns or Columns()
 
     def __call__(self, batch: Sequence[Record | Rejected | Note]) -> EncodedBatch:
@@ -87,14 +88,11 @@ class BatchEncoder:
 
     def _row(self, record: Record, used: set[str]) -> tuple[Kept, Row]:
         """Encode a record, and add the columns that its format uses to `used`."""
-        fields = self.columns.rename(record.fields)
-        format = detect_format(fields)
-        if format is None:
-            raise Reject(UNRECOGNISED, shortened(", ".join(map(str, fields))) or "none")
+        format, fields = self._recognised(record)
         used |= used_columns(format, self.columns)
         example = to_example(Record(fields, record.where), format)
         try:
-            row = self._encode(example)
+            row = self.encode(example)
         except MemoryError:
             raise Reject("needs more memory than a row may use") from None
         except (Exception, KeyboardInterrupt, SystemExit):
@@ -104,6 +102,19 @@ class BatchEncoder:
         learned = sum(label != IGNORED for label in row["labels"][1:])
         token = self._special.first(example) or ""
         return Kept(record.where, format, learned, row["prompt_tokens_cut"], token), row
+
+    def example_of(self, record: Record) -> Example:
+        """Return the example that a record stands for. Raises Reject for one that cannot be used."""
+        format, fields = self._recognised(record)
+        return to_example(Record(fields, record.where), format)
+
+    def _recognised(self, record: Record) -> tuple[str, Mapping[str, Any]]:
+        """Return a record's format, and its fields under their new names."""
+        fields = self.columns.rename(record.fields)
+        format = detect_format(fields)
+        if format is None:
+            raise Reject(UNRECOGNISED, shortened(", ".join(map(str, fields))) or "none")
+        return format, fields
 
 
 def row_digest(row: Row) -> bytes:

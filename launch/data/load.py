@@ -17,9 +17,9 @@ from launch.data.cache import Cache, fingerprint
 from launch.data.encode import Encoder
 from launch.data.encode_batch import BatchEncoder
 from launch.data.examples.columns import Columns
-from launch.data.examples.rows import IGNORED
 from launch.data.prepare import prepare
 from launch.data.prepared import EncodedData, damage, open_prepared
+from launch.data.preview.describe import describe_example
 from launch.data.read import Sources, sources_of
 from launch.data.records import DropReport
 from launch.data.tokenizer import describe_tokenizer, load_tokenizer, train_once
@@ -34,7 +34,7 @@ def load_data(options: SftOptions) -> tuple[PreTrainedTokenizerBase, EncodedData
 
     Collectives: those of `once_a_machine`.
     """
-    sources = sources_of(options.data, options.eval_data, options.eval_fraction)
+    sources = run_sources(options)
     paths = json.loads(once_a_machine(lambda: json.dumps(_prepare(options, sources)), "preparing the data"))
     tokenizer = load_tokenizer(options, Path(paths["pieces"]) if paths["pieces"] else None)
     data = open_prepared(Path(paths["rows"]))
@@ -46,20 +46,30 @@ def load_data(options: SftOptions) -> tuple[PreTrainedTokenizerBase, EncodedData
     return tokenizer, data
 
 
+def run_sources(options: SftOptions) -> Sources:
+    """Return the sources that a run's flags name."""
+    return sources_of(options.data, options.eval_data, options.eval_fraction)
+
+
+def make_encoder(options: SftOptions, tokenizer) -> BatchEncoder:
+    """Return what makes rows of a run's records."""
+    assert not isinstance(options.chat_template_kwargs, str)  # parsed by now
+    pairs_as_chat = options.chat_template != NONE
+    encode = Encoder(tokenizer, options.max_length, options.chat_template_kwargs, pairs_as_chat=pairs_as_chat)
+    return BatchEncoder(tokenizer, encode, Columns(column_names(options.columns)))
+
+
 def _prepare(options: SftOptions, sources: Sources) -> dict:
     """Return where the rows are, and the pieces of a tokenizer that was trained for them."""
     cache = Cache(None)
     pieces = train_once(options, cache, sources.train) if options.model is None else None
     tokenizer = load_tokenizer(options, pieces)
-    columns, pairs_as_chat = Columns(column_names(options.columns)), options.chat_template != NONE
-    assert not isinstance(options.chat_template_kwargs, str)  # parsed by now
-    encode = Encoder(tokenizer, options.max_length, options.chat_template_kwargs, pairs_as_chat=pairs_as_chat)
-    encoder = BatchEncoder(tokenizer, encode, columns)
+    encoder = make_encoder(options, tokenizer)
     facts = {
         "sources": sources.fingerprints(),
         "tokenizer": describe_tokenizer(tokenizer),
-        "columns": columns.renamed,
-        "chat template": [options.chat_template_kwargs, pairs_as_chat],
+        "columns": encoder.columns.renamed,
+        "chat template": [options.chat_template_kwargs, options.chat_template != NONE],
         "max_length": options.max_length,
         "versions": [library.__version__ for library in (tokenizers, transformers, jinja2)],
     }
@@ -86,18 +96,3 @@ def describe_formats(formats: Mapping[str, int]) -> str:
     if len(formats) == 1:
         return next(iter(formats))
     return "mixed: " + ", ".join(f"{format} ({count} rows)" for format, count in formats.items())
-
-
-def describe_example(row: Mapping, tokenizer) -> str:
-    """Describe a row for people: its `where`, its token counts, which text is context and which is learned."""
-    ids, labels = row["input_ids"], row["labels"]
-    learned = sum(label != IGNORED for label in labels[1:])
-    lines = [f"{row.get('where', 'row')}: {len(ids)} tokens, {learned} of them learned"]
-    start = 0
-    for position in range(1, len(ids) + 1):
-        inside = labels[start] != IGNORED
-        if position == len(ids) or (labels[position] != IGNORED) != inside:
-            text = tokenizer.decode(ids[start:position], skip_special_tokens=False)
-            lines.append(f"  {'learned' if inside else 'read   '} | {text!r}")
-            start = position
-    return "\n".join(lines)

@@ -14,6 +14,8 @@ from launch.common.paths import (
     METRICS,
     MODEL,
     PARTIAL,
+    PREVIEW_HTML,
+    PREVIEW_JSONL,
     RECIPE,
     RUNS,
     SAMPLES,
@@ -26,6 +28,7 @@ from launch.run.compare import check_recipe
 
 WRITTEN_FILES = (LOCK, RECIPE, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
 NUMBER = re.compile("[0-9]{1,9}")  # of a run; a longer one is no count, and its successor may be too long for a name
+PREVIEW_FILES = (PREVIEW_HTML, PREVIEW_JSONL)  # may be there before a run is
 _locks: dict[Path, IO] = {}
 
 
@@ -56,7 +59,7 @@ def _named(path: Path, recipe: dict) -> tuple[Path, bool]:
             f"--output_dir {path} has symbolic links where a run writes ({', '.join(linked)}), and a run writes only "
             "into its own directory; remove them, or name another directory"
         )
-    if any(not entry.name.startswith(".") for entry in entries):
+    if any(not entry.name.startswith(".") and entry.name not in PREVIEW_FILES for entry in entries):
         if not (path / RECIPE).is_file():
             raise UserError(f"--output_dir {path} holds files that are not a run's; name another directory")
         if (path / MODEL).exists() or checkpoints(path):  # else a run with a corrected recipe starts anew
