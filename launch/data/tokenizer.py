@@ -55,9 +55,21 @@ def load_tokenizer(options: SftOptions, pieces: Path | None = None) -> PreTraine
     tokenizer = _load(options, pieces)
     if options.chat_template not in (None, NONE):
         tokenizer.chat_template = read_chat_template(options.chat_template)
-    if options.chat_template_kwargs and not tokenizer.chat_template:
-        raise UserError("--chat_template_kwargs: the tokenizer has no chat template; give --chat_template FILE")
+    if problem := _kwargs_problem(options, tokenizer):
+        raise UserError(f"--chat_template_kwargs: {problem}")
     return tokenizer
+
+
+def _kwargs_problem(options: SftOptions, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to say of settings that no template would read."""
+    if not options.chat_template_kwargs:
+        return None
+    if not tokenizer.chat_template:
+        return "the tokenizer has no chat template; give --chat_template FILE"
+    templates = tokenizer.chat_template
+    text = " ".join(templates.values()) if isinstance(templates, dict) else templates
+    unread = [name for name in options.chat_template_kwargs if name not in text]
+    return f"the chat template never reads {unread[0]!r}" if unread else None
 
 
 def _load(options: SftOptions, pieces: Path | None) -> PreTrainedTokenizerBase:

@@ -110,7 +110,9 @@ def test_settings_reach_the_template_and_those_of_a_row_come_on_top(tmp_path, mo
     assert first_row(data=source, model=model(SETTING)).startswith("<|im_start|>")
 
 
-def test_settings_without_a_template_are_refused(tmp_path, model):
+def test_settings_that_no_template_reads_are_refused(tmp_path, model):
     source = write(tmp_path / "a.jsonl", QUESTIONS)
     with pytest.raises(UserError, match="--chat_template_kwargs: the tokenizer has no chat template"):
         first_row(data=source, model=model(None), chat_template_kwargs={"mood": "glad"})
+    with pytest.raises(UserError, match="--chat_template_kwargs: the chat template never reads 'moods'"):
+        first_row(data=source, model=model(SETTING), chat_template_kwargs={"mood": "glad", "moods": "sad"})
