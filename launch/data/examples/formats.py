@@ -50,7 +50,7 @@ def detect_format(fields: Fields) -> str | None:
 
 def _is_filled(fields: Fields, name: str) -> bool:
     try:
-        return fields.get(name) is not None
+        return fields.get(name) not in (None, [])  # data sets that were put together have either
     except Reject:  # it has a value, which cannot be read
         return True
 
@@ -119,9 +119,10 @@ def _conversation(name: str) -> Callable[[Fields, str], ChatExample]:
 
 def _chat(fields: Fields, where: str, conversation: list[Message], learned: list[bool]) -> ChatExample:
     system = optional_text(fields, *SYSTEM)
-    if system:
-        if conversation[0]["role"] == "system":
-            raise Reject("both a system field and a system message")
+    first = conversation[0]
+    if system and first["role"] == "system" and first["content"] != system:
+        raise Reject("a system field and another system message")
+    if system and first["role"] != "system":
         conversation, learned = [{"role": "system", "content": system}, *conversation], [False, *learned]
     return ChatExample(conversation, where, learned_answers(conversation, learned), template_kwargs(fields))
 

@@ -76,6 +76,16 @@ RECOGNISED: dict[str, tuple[str, dict, Example]] = {
     ),
     "messages": ("messages", {"messages": ASKED}, chat("uhi", "aho")),
     "messages as JSON text": ("messages", {"messages": json.dumps(ASKED)}, chat("uhi", "aho")),
+    "messages as JSON text with nulls": (
+        "messages",
+        {"messages": json.dumps([message | {"weight": None, "tool_calls": None} for message in ASKED])},
+        chat("uhi", "aho"),
+    ),
+    "messages with their system prompt in a column too": (
+        "messages",
+        {"messages": turns("sbe", "uhi", "aho"), "system": "be"},
+        chat("sbe", "uhi", "aho"),
+    ),
     "messages with a system prompt": ("messages", {"messages": ASKED, "system": "be"}, chat("sbe", "uhi", "aho")),
     "ShareGPT": ("ShareGPT", {"conversations": SHARED}, chat("uhi", "aho")),
     "ShareGPT, its system prompt in a column": (
@@ -203,7 +213,10 @@ REJECTED = {
     "a mask without token ids": (QA | {"completion_mask": [0, 1]}, "'completion_mask' says which.*no input_ids"),
     "a bad completion": (PAIR | {"label": False}, "label is false"),
     "two system prompts": (QA | {"system": "a", "system_prompt": "b"}, "both system and system_prompt"),
-    "system prompt and system message": ({"messages": turns("sa", "ub", "ac"), "system": "b"}, "both a system field"),
+    "system prompt and system message": (
+        {"messages": turns("sa", "ub", "ac"), "system": "b"},
+        "a system field and another",
+    ),
     "input and context": (
         {"instruction": "i", "output": "o", "input": "a", "context": "b"},
         "both input and context",
@@ -316,6 +329,11 @@ def test_documents_and_settings_reach_the_template():
 def test_null_columns_do_not_decide_the_format():
     fields = {"messages": None, "prompt": "p", "completion": "c", "input_ids": None, "labels": None}
     assert detect_format(fields) == "prompt/completion"
+
+
+def test_empty_lists_do_not_decide_the_format():
+    assert detect_format({"messages": [], "conversations": [], "question": "q", "answer": "a"}) == "question/answer"
+    assert detect_format({"messages": []}) == "messages"
 
 
 def test_a_missing_field_is_named():
