@@ -1,6 +1,5 @@
 """From a run's options to its `TrainingArguments` and its Trainer."""
 
-import datasets
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +12,12 @@ from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
 from launch.data.batches import PadToLongest
-from launch.data.blank_rows import fill_to_multiple
+from launch.data.packing import PadPacked
 from launch.data.prepared import EncodedData
-from launch.data.sampler import EpochSampler, grouped_by_length, in_order, shuffled
+from launch.data.sampler import EpochSampler
+from launch.data.splits import Split, heldout_split, training_split
 from launch.model.load import load_model
+from launch.model.packed_rows import packing_problem, takes_bounds
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, world_size
 from launch.process.rendezvous import rendezvous
@@ -28,6 +29,7 @@ from launch.training.engine import EngineReady, SamplerEpoch
 from launch.training.logging import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.training.milestones import Milestones
 from launch.training.nonfinite import NonFiniteSteps
+from launch.training.packed_rows import PackedRowsApart
 from launch.training.trainer import SftTrainer
 from smoothing.hf import SmoothedLossCallback
 
@@ -42,7 +44,7 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
             args = SftTrainingArguments(**(defaults | values | {"deepspeed": config}))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise UserError(str(error)) from None
-    check_arguments(args)
+    check_arguments(options, args)
     say(
         f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
@@ -50,7 +52,7 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
     return options, args
 
 
-def check_arguments(args: SftTrainingArguments) -> None:
+def check_arguments(options: SftOptions, args: SftTrainingArguments) -> None:
     """Raise `UserError` for what would otherwise fail after data and model are loaded."""
     if args.hf_deepspeed_config.mismatches:
         lines = "\n".join(args.hf_deepspeed_config.mismatches)
@@ -72,6 +74,11 @@ def check_arguments(args: SftTrainingArguments) -> None:
         raise UserError(
             "--train_sampling_strategy batch_rebalance is not supported: its order depends on the number of ranks, "
             "and it knows no --tp; use group_by_length"
+        )
+    if options.packing and args.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            "--train_sampling_strategy group_by_length does nothing for --packing, whose sequences are all about as "
+            "long; give one of them, or --train_sampling_strategy random to override a recipe"
         )
     if args.use_cpu and uses_gpu():
         raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
@@ -96,20 +103,27 @@ def make_trainer(
     if run.converted:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     data_parallel = args.world_size // options.tp
-    heldout = fill_to_multiple(data.heldout, data_parallel * args.per_device_eval_batch_size, tokenizer.eos_token_id)
+    token_id, packed_length = tokenizer.eos_token_id, options.max_length if options.packing else None
+    at_once = data_parallel * args.per_device_eval_batch_size
+    heldout: Split | None = heldout_split(data.heldout, at_once, token_id, packed_length)
     if not len(heldout):
         if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST:
             raise UserError("the best checkpoint is chosen by held-out rows, and there are none; give --eval_data")
         args.eval_strategy, args.eval_on_start, heldout = "no", False, None
-    train, sampler = train_split(args, data.train, facts["rows_a_step"], data_parallel, tokenizer.eos_token_id)
+    at_once = data_parallel * args.per_device_train_batch_size
+    train, sampler = training_split(data.train, args, facts["rows_a_step"], at_once, token_id, packed_length)
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = load_model(options, tokenizer, dtype, args.seed)
+    if options.packing and (problem := packing_problem(model)):
+        raise UserError(problem)
+    pad = PadToLongest(tokenizer.pad_token_id)
     trainer = SftTrainer(
-        model=load_model(options, tokenizer, dtype, args.seed),
+        model=model,
         args=args,
         train_dataset=train,
         eval_dataset=heldout,
-        data_collator=PadToLongest(tokenizer.pad_token_id),
+        data_collator=PadPacked(pad, takes_bounds(model)) if options.packing else pad,
         processing_class=tokenizer,
         nonfinite=NonFiniteSteps(options.on_nonfinite),
         watchdog=watchdog,
@@ -120,25 +134,6 @@ def make_trainer(
     )
     add_callbacks(trainer, options, starting)
     return trainer
-
-
-def train_split(
-    args: SftTrainingArguments, rows: datasets.Dataset, rows_a_step: int, data_parallel: int, token_id: int
-) -> tuple[datasets.Dataset, EpochSampler]:
-    """Return the rows to train on, with blank rows at their end, and the order in which an epoch takes them.
-
-    Each row is taken once an epoch, in the same step whatever the number of ranks. With --dataloader_drop_last the
-    rows that would not fill an epoch's last step are left out, and no blank rows are needed.
-    """
-    if args.train_sampling_strategy == "group_by_length":
-        order = grouped_by_length(list(rows["length"]), rows_a_step)
-    else:
-        order = in_order(len(rows)) if args.train_sampling_strategy == "sequential" else shuffled(len(rows))
-    seed = args.seed if args.data_seed is None else args.data_seed
-    if args.dataloader_drop_last:
-        return rows, EpochSampler(order, len(rows) - len(rows) % rows_a_step, range(0), seed)
-    filled = fill_to_multiple(rows, data_parallel * args.per_device_train_batch_size, token_id)
-    return filled, EpochSampler(order, len(rows), range(len(rows), len(filled)), seed)
 
 
 def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErrors) -> None:
@@ -155,6 +150,7 @@ def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErr
         MetricsFile(),
         ResolvedDeepSpeed(),
         *([SamplerEpoch(trainer.sampler)] if isinstance(trainer.sampler, EpochSampler) else []),
+        *([PackedRowsApart(trainer)] if options.packing else []),
         trainer.milestones,
     ]
     for callback in callbacks:

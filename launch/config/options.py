@@ -98,6 +98,10 @@ class DataFlags:
     )
     eval_fraction: float = field(default=0.05, metadata={"help": "Share of --data held out without --eval_data."})
     max_length: int = field(default=512, metadata={"help": "Longest row in tokens; longer prompts lose their start."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put several rows into a sequence of --max_length tokens; no row attends to another."},
+    )
     strict: bool = field(default=False, metadata={"help": "Stop at the first row that cannot be used."})
     preview: int = field(
         default=0,

@@ -1,10 +1,13 @@
-"""Checks of the run's own model and batch: the label mask, the installed loss, and whether the model can learn."""
+"""Checks of the run's own model and batch: label mask, installed loss, packed rows, and whether it can learn."""
 
 import torch
 from torch import Tensor
 
 from launch.config.options import SftOptions
+from launch.data.batches import PadToLongest
 from launch.data.examples.rows import IGNORED
+from launch.data.packing import PadPacked
+from launch.model.packed_rows import distinct_tokens, leak_problem, packing_problem, takes_bounds
 from launch.preflight.table import Check
 from smoothing import UnsupportedModel, install_smoothed_loss
 from smoothing.install import HEADS
@@ -51,6 +54,14 @@ def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> lis
         figure = f"loss {loss:.6f}, reference {truth:.6f}"
         checks.append(Check(f"model with the {head} head", figure, f"{tolerance:.0e}", difference <= tolerance))
     return checks
+
+
+def check_packed_rows(model, tokenizer, ids: list[int], device: torch.device) -> Check:
+    """Check that the model keeps packed rows apart, which `--packing` needs."""
+    collate = PadPacked(PadToLongest(tokenizer.pad_token_id), takes_bounds(model))
+    tokens = distinct_tokens(ids, tokenizer)
+    problem = packing_problem(model) or leak_problem(model, type(model).__name__, collate, tokens, device)
+    return Check("packed rows", problem or "a change of one leaves the others as they are", "identical", not problem)
 
 
 def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check:

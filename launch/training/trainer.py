@@ -98,7 +98,7 @@ class SftTrainer(TrainerWithHooks):
         self._where = inputs.pop("where", [])
         inputs.pop("tokens", None)
         if self._padding_is_unseen:
-            del inputs["attention_mask"]
+            inputs.pop("attention_mask", None)  # packed rows come without
 
     @contextmanager
     def checkpoint_aside(self) -> Iterator[Path]:

@@ -55,11 +55,11 @@ def start(folder: Path, ranks: int | None = None, **values) -> tuple[int, str]:
 def test_a_sound_run_passes(folder):
     """As a user starts it."""
     given = {"data": folder / "train.jsonl", "max_length": 96, "per_device_train_batch_size": 4}
-    given |= {"model": folder / "model-tied", "smoothing": 0.1, "tp": 3}
+    given |= {"model": folder / "model-tied", "smoothing": 0.1, "tp": 3, "packing": True}
     command = [sys.executable, str(ROOT / "launch/sft.py"), "--sanity", *flags(given)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("│ pass │") == 13 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
+    assert done.stdout.count("│ pass │") == 14 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
     assert not (folder / "runs").exists()
 
 

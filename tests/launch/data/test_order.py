@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from launch.assemble import train_split
 from launch.data.sampler import EpochSampler, grouped_by_length, in_order, shuffled
+from launch.data.splits import training_split
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 
@@ -30,7 +30,7 @@ def split(count, strategy, batch, accumulate, ranks, drop_last=False, seed=3):
         seed=seed,
         data_seed=None,
     )
-    return train_split(args, rows, batch * accumulate * ranks, ranks, 2)
+    return training_split(rows, args, batch * accumulate * ranks, batch * ranks, 2, None)
 
 
 def steps(sampler, batch, accumulate, ranks, drop_last=False, skip=0) -> list[list[int]]:

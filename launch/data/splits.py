@@ -1,0 +1,64 @@
+"""Both splits as Trainer reads them: packed or not, with blank rows at their end, and in which order."""
+
+from typing import TypeAlias
+
+import datasets
+
+from launch.config.training_arguments import SftTrainingArguments
+from launch.data.blank_rows import fill_to_multiple
+from launch.data.packing import PackedRows, best_fit, row_lengths
+from launch.data.sampler import EpochSampler, grouped_by_length, in_order, shuffled
+from launch.process.ranks import say
+
+Split: TypeAlias = datasets.Dataset | PackedRows
+
+
+def training_split(
+    rows: datasets.Dataset,
+    args: SftTrainingArguments,
+    rows_a_step: int,
+    multiple: int,
+    token_id: int,
+    packed_length: int | None,
+) -> tuple[Split, EpochSampler]:
+    """Return the rows to train on, with blank rows at their end, and the order in which an epoch takes them.
+
+    Each row is taken once an epoch, in the same step whatever the number of ranks. With --dataloader_drop_last the
+    rows that would not fill an epoch's last step are left out, and no blank rows are needed.
+
+    Args:
+        rows: The training rows.
+        args: Seed, strategy of sampling, and whether the last rows are dropped.
+        rows_a_step: How many rows, or packed sequences, make a step on all ranks.
+        multiple: How many the ranks take at a time, a micro-batch each.
+        token_id: What blank rows hold.
+        packed_length: The tokens of a packed sequence; None for rows as they are.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+    multiple = 1 if args.dataloader_drop_last else multiple
+    if packed_length is None:
+        split: Split = fill_to_multiple(rows, multiple, token_id)
+        count = len(rows)
+    else:
+        split, count = _packed(rows, packed_length, multiple, token_id, seed)
+    if args.train_sampling_strategy == "group_by_length":
+        order = grouped_by_length(row_lengths(rows).tolist(), rows_a_step)
+    else:
+        order = in_order(count) if args.train_sampling_strategy == "sequential" else shuffled(count)
+    kept = count - count % rows_a_step if args.dataloader_drop_last else count
+    return split, EpochSampler(order, kept, range(count, len(split)), seed)
+
+
+def heldout_split(rows: datasets.Dataset, multiple: int, token_id: int, packed_length: int | None) -> Split:
+    """Return the held-out rows, with blank rows up to a multiple of what the ranks take at a time."""
+    if packed_length is None or not len(rows):
+        return fill_to_multiple(rows, multiple, token_id)
+    return _packed(rows, packed_length, multiple, token_id, seed=0)[0]
+
+
+def _packed(rows: datasets.Dataset, length: int, multiple: int, token_id: int, seed: int) -> tuple[PackedRows, int]:
+    lengths = row_lengths(rows)
+    plan = best_fit(lengths, length, seed)
+    fill = lengths.sum(dtype=int) / (len(plan) * length)
+    say(f"packing: {len(rows):,} rows in {len(plan):,} sequences of {length:,} tokens, {fill:.1%} filled")
+    return PackedRows(rows, plan, -len(plan) % multiple, token_id), len(plan)
