@@ -151,8 +151,8 @@ def _between_header_and_stop(
 def _place_of_content(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span | None, str]:
     """Return where the content of a message stands in `text`, found by writing other words in its place."""
     unclear = "the chat template does not show where an answer begins and ends"
-    content = example.messages[index].get("content")
-    if not isinstance(content, str):
+    content, calls = example.messages[index].get("content"), example.messages[index].get("tool_calls")
+    if not content and not calls:
         return None, unclear
     others = []
     for words in OTHER_ANSWERS:
@@ -163,6 +163,9 @@ def _place_of_content(index: int, text: str, example: ChatExample, template: Cha
             return None, unclear
         others.append(written)
     start = _alike(text, *others)
+    if not content:  # only calls, which begin where words would stand
+        found = all(each.startswith(words, start) for words, each in zip(OTHER_ANSWERS, others, strict=True))
+        return ((start, start), "") if found else (None, unclear)
     ending = _alike(*(each[start:][::-1] for each in (text, *others)))
     end = len(text) - ending
     shown = [each[start : len(each) - ending] for each in others]
@@ -207,8 +210,9 @@ def _holds(written: str, content: Any, template: ChatTemplate) -> bool:
     """Return whether a template wrote a message's content, or a part of it (without its thoughts), as it is."""
     if not isinstance(content, str) or not content.strip():
         return True
-    written, content = (_squeezed(template.special.sub("", each)) for each in (written, content))
-    return bool(written) and (written in content or content[-40:] in written)
+    parts = (written, content, content.rpartition("</think>")[2])
+    shown, whole, said = (_squeezed(template.special.sub("", part)) for part in parts)
+    return bool(shown) and (shown in whole or whole[-40:] in shown or (bool(said) and said[-40:] in shown))
 
 
 def _squeezed(text: str) -> str:

@@ -3,7 +3,7 @@
 from datetime import date
 
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from launch.common.errors import Reject
 from launch.data.encode import Encoder, encode
@@ -266,3 +266,63 @@ def test_a_template_that_hides_the_answer_is_refused_with_a_way_out(template, re
 def test_a_row_of_many_spaces_costs_no_more_than_its_row():
     with pytest.raises(Reject, match="longer than"):
         encode(TextExample("p", " " * (11 << 20), "f:1"), byte_level("<|im_end|>"), 256)
+
+
+def test_calls_within_a_turn_whose_prompt_opens_a_thought():
+    """As Qwen 3's: the last message shows an empty thought, an earlier call none, nor any words to look for."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + '</call>' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n' }}{% endif %}"
+    )
+    tokenizer = byte_level("<|im_end|>", template=template)
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "mul"}}]}
+    messages = [{"role": "user", "content": "2*3?"}, call, {"role": "tool", "content": "6"}]
+    example = ChatExample([*messages, {"role": "assistant", "content": "It is 6."}], "f:1", (1, 3))
+    texts = learned_texts(encode(example, tokenizer, 256), tokenizer)
+    assert texts == ["<call>mul</call><|im_end|>", "</think>\n\nIt is 6.<|im_end|>"]
+
+
+def test_what_a_template_leaves_out_is_refused_or_noted():
+    tokenizer = byte_level("<|im_end|>")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "mul"}}]}
+    example = ChatExample([{"role": "user", "content": "2*3?"}, call], "f:1", (1,))
+    with pytest.raises(Reject, match=r"does not write tool calls.*--chat_template"):
+        encode(example, tokenizer, 256)
+    tools = [{"type": "function", "function": {"name": "mul"}}]
+    with pytest.raises(Reject, match=r"does not write tools.*--chat_template"):
+        encode(chat(TURNS[:2], tools=tools), tokenizer, 256)
+    silent = byte_level(
+        "<|im_end|>", template=CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
+    )
+    row = encode(chat([("system", "Be kind."), *TURNS[:2]]), silent, 256)
+    assert row["notes"] == ["the chat template leaves out or changes the words of a system message"]
+
+
+@pytest.mark.parametrize("answer", [" 4", "\n4"])
+def test_blanks_that_a_special_token_takes_along_do_not_make_it_a_label(answer):
+    """As Phi-3's: its special tokens swallow the blanks behind them."""
+    tokenizer = byte_level(
+        "<|im_end|>", template=CHATML.replace("\n' + (m", "<|open|>' + (m").replace("t\n'", "t<|open|>'")
+    )
+    tokenizer.add_tokens([AddedToken("<|open|>", rstrip=True, special=True)], special_tokens=True)
+    row = encode(chat([("user", "Hi"), ("assistant", answer)]), tokenizer, 256)
+    assert learned_texts(row, tokenizer) == ["4<|im_end|>"]
+
+
+def test_a_template_that_always_opens_an_answer():
+    """As Llama 3's first: the header of an answer ends every conversation."""
+    tokenizer = byte_level("<|im_end|>", template=CHATML.replace("if add_generation_prompt", "if true"))
+    assert stripped(encode(chat(TURNS[:4]), tokenizer, 256), tokenizer) == ["Hello.<|im_end|>", "4<|im_end|>"]
+
+
+def test_the_stop_of_an_earlier_turn_differs_from_the_last_ones():
+    """As gpt-oss's: an answer ends with one token while it is the last, with another once a turn follows."""
+    template = CHATML.replace(
+        "'<|im_end|>\n' }}{% endfor", "('<|endoftext|>' if loop.last else '<|im_end|>') }}{% endfor"
+    )
+    tokenizer = byte_level("<|endoftext|>", template=template)
+    texts = learned_texts(encode(chat(TURNS[:4]), tokenizer, 256), tokenizer)
+    assert texts == ["Hello.<|im_end|>", "4<|endoftext|>"]
