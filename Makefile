@@ -12,14 +12,16 @@ help: ## Show these targets
 setup: $(READY) ## Create .venv with everything, at the versions that were tested
 
 $(READY): pyproject.toml constraints.txt
-	@echo "installing into $(VENV), which takes some minutes"
+	@echo "installing into $(VENV), once, which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
+	@echo "1 of 2: torch, the largest download (some GB with CUDA)"
 	pip install --quiet --constraint constraints.txt torch setuptools
+	@echo "2 of 2: DeepSpeed, transformers, and what tests and checks need"
 	pip install --quiet --constraint constraints.txt --editable '.[train,test,lint,plot]'
 	@touch $(READY)
 
 train: setup ## Train the embedded default: a small Llama, a few minutes, no GPU needed (ARGS="--max_steps 50")
-	deepspeed launch/sft.py --smoothing 0.1 $(ARGS)
+	deepspeed --quiet launch/sft.py --smoothing 0.1 $(ARGS)
 
 sanity: setup ## Check a run on one device before you start it (ARGS="--recipe recipes/...")
 	python launch/sft.py --sanity $(ARGS)

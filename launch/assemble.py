@@ -7,6 +7,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from launch.common.errors import UserError
+from launch.common.messages import counted
 from launch.common.paths import RUNS
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
@@ -46,7 +47,7 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
         raise UserError(str(error)) from None
     check_arguments(options, args)
     say(
-        f"{args.world_size} process(es) on {args.device.type}, tensor parallelism {options.tp}, "
+        f"{counted(args.world_size, 'process', 'processes')} on {args.device.type}, tensor parallelism {options.tp}, "
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
     )
     return options, args

@@ -48,6 +48,7 @@ from launch.run.checkpoints import reading
 from launch.run.directory import Run, open_run
 from launch.run.layout import layout
 from launch.training.export import export
+from launch.training.next_steps import next_steps
 from launch.training.samples import write_samples
 from launch.training.trainer import SftTrainer
 
@@ -78,7 +79,9 @@ def main(argv: list[str]) -> None:
         watchdog.beat("exporting the model", storage=True)
         if reason := trainer.best_not_exported():
             say(reason)
-        say(f"model: {export(trainer, tokenizer, args.output_dir)}")
+        model = export(trainer, tokenizer, args.output_dir)
+        say(f"model: {model}")
+        say(next_steps(run.path, model, trainer.state.global_step))
 
 
 def train(trainer: SftTrainer, run: Run) -> None:

@@ -47,5 +47,16 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """`1 row`, `2 rows`, `1,000 rows`; a plural that is not made with an s is given."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def listed(noun: str, numbers: Iterable[int]) -> str:
+    """`rank 1`, `ranks 1, 3`."""
+    numbers = sorted(numbers)
+    return f"{noun}{'s' if len(numbers) != 1 else ''} {', '.join(map(str, numbers))}"
+
+
 def _escaped(character: re.Match) -> str:
     return character[0].encode("unicode_escape").decode("ascii")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.common.errors import UserError
+from launch.common.messages import counted
 from launch.config.deepspeed_file import check_file, read_file
 from launch.config.options import SftOptions
 
@@ -42,8 +43,8 @@ def deepspeed_config(
         config.pop("tensor_parallel", None)
     if world_size is not None and world_size % options.tp:
         raise UserError(
-            f"tensor parallelism {options.tp} does not divide the {world_size} process(es) of this run; start "
-            f"{options.tp} or a multiple of it (deepspeed --num_gpus {options.tp} launch/sft.py ...)"
+            f"tensor parallelism {options.tp} does not divide the {counted(world_size, 'process', 'processes')} of "
+            f"this run; start {options.tp} or a multiple of it (deepspeed --num_gpus {options.tp} launch/sft.py ...)"
         )
     zero = config["zero_optimization"]
     zero["stage"] = int(zero.get("stage", 0))

@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from launch.common.messages import counted
 from launch.config.chat_template import NONE
 from launch.config.columns import column_names
 from launch.config.options import SftOptions
@@ -85,7 +86,7 @@ def describe(data: EncodedData, found: bool) -> None:
     """Print what there is to train on, and what was dropped."""
     summary = data.summary
     say(
-        f"data: {len(data.train):,} rows to train on, {len(data.heldout):,} held out, format "
+        f"data: {counted(len(data.train), 'row')} to train on, {len(data.heldout):,} held out, format "
         f"{describe_formats(summary.formats)}" + (f"; from the cache, prepared {summary.prepared}" if found else "")
     )
     for note in [summary.statistics.describe(), *summary.report.summary().splitlines()]:
@@ -95,4 +96,4 @@ def describe(data: EncodedData, found: bool) -> None:
 def describe_formats(formats: Mapping[str, int]) -> str:
     if len(formats) == 1:
         return next(iter(formats))
-    return "mixed: " + ", ".join(f"{format} ({count} rows)" for format, count in formats.items())
+    return "mixed: " + ", ".join(f"{format} ({counted(count, 'row')})" for format, count in formats.items())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.common.errors import Reject, UserError
-from launch.common.messages import one_line
+from launch.common.messages import counted, one_line
 
 
 class DataError(UserError):
@@ -83,13 +83,15 @@ class DropReport:
     def summary(self, examples: int = 3) -> str:
         """Return a few lines of text: each reason with its count and its first rows."""
         files = sum(rejected.whole_file for rejected in self.rejections)
-        lines = [f"{len(self) - files} rows dropped" + (f", {files} files not read" if files else "")]
+        lines = [
+            f"{counted(len(self) - files, 'row')} dropped" + (f", {counted(files, 'file')} not read" if files else "")
+        ]
         for reason, count in self.counts().most_common():
             rows = [r for r in self.rejections if r.reason == reason]
             lines.append(f"  {count} x {reason}: {_some([row.place() for row in rows], examples)}")
         if self.truncated:
             shown = _some(self.truncated, examples)
-            lines.append(f"{len(self.truncated)} prompts shortened from the left (rows kept): {shown}")
+            lines.append(f"{counted(len(self.truncated), 'prompt')} shortened from the left (rows kept): {shown}")
         if self.spelled_out:
             shown = _some([f"{where} ({token})" for where, token in self.spelled_out.items()], examples)
             count = len(self.spelled_out)

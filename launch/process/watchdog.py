@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from transformers import TrainerCallback
 
+from launch.common.messages import listed
 from launch.process.device import uses_gpu
 from launch.process.identity import ProcessIdentity, alive, stopped, this_process
 from launch.process.network import wait_longer_than
@@ -102,7 +103,8 @@ class Watchdog(TrainerCallback):
             gone = {r for r, peer in self._peers.items() if not alive(peer.pid, peer.started)}
             if lost := gone & gone_before:  # seen twice, so that ranks which exit together do not report one another
                 if rank() == min({rank(), *self._peers} - lost):
-                    self._say(f"rank(s) {sorted(lost)} are gone during {beat.doing}")
+                    verb = "is" if len(lost) == 1 else "are"
+                    self._say(f"{listed('rank', lost)} {verb} gone during {beat.doing}")
                 os._exit(self.code)
             gone_before = gone
             if self._beat is not beat:

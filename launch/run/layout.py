@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from launch.common.errors import UserError
+from launch.common.messages import listed
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments
 from launch.data.prepared import EncodedData
@@ -29,7 +30,7 @@ def same_everywhere(digest: Callable[[], str]) -> str:
     digests = on_all_ranks(digest)
     if other := [rank for rank, value in enumerate(digests) if value != digests[0]]:
         raise UserError(
-            f"the training data is not the same on all ranks: rank(s) {other} have read other rows than rank 0; give "
-            "every node the same files"
+            f"the training data is not the same on all ranks: {listed('rank', other)} read other rows than rank 0; "
+            "give every node the same files"
         )
     return digests[0]

@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -53,9 +55,10 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """A progress bar on a terminal, and one readable line for each log."""
+    """A progress bar on a terminal, and one readable line for each log, with the time that passed and remains."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._began, self._first_step = time.monotonic(), state.global_step
         if sys.stderr.isatty():
             super().on_train_begin(args, state, control, **kwargs)
 
@@ -79,6 +82,7 @@ class Progress(ProgressCallback):
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  nll {logs['nll']:.4f}  "
                 f"accuracy {logs['accuracy']:.1%}  grad_norm {logs.get('grad_norm', 0.0):.2f}  "
                 f"lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s"
+                f"  {self._times(state)}"
             )
         elif "eval_nll" in logs:
             line = (
@@ -88,3 +92,16 @@ class Progress(ProgressCallback):
         else:
             return
         self.training_bar.write(line) if self.training_bar is not None else print(line, flush=True)
+
+    def _times(self, state) -> str:
+        """Return the time since this start of the run began to train, and what remains at the speed so far."""
+        passed = time.monotonic() - self._began
+        done = state.global_step - self._first_step
+        remains = passed / done * (state.max_steps - state.global_step) if done else math.inf
+        left = f", {whole_seconds(remains)} left" if math.isfinite(remains) else ""
+        return f"{whole_seconds(passed)} elapsed{left}"
+
+
+def whole_seconds(seconds: float) -> str:
+    """Return a time as people write it: 0:05:40."""
+    return str(timedelta(seconds=round(seconds)))

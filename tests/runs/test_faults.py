@@ -56,7 +56,7 @@ def strike(launch: Launch, steps: int, blow) -> str:
 
 def test_a_killed_rank(folder, untouched):
     said = strike(Launch(folder, "killed", LAYOUT), 5, lambda launch: launch.ranks()[1].kill())
-    assert "rank(s) [1] are gone" in said or "another rank exited" in said
+    assert "rank 1 is gone" in said or "another rank exited" in said
     assert "resuming from" in finish(Launch(folder, "killed", LAYOUT))
     assert weights(folder / "killed") == untouched
 
@@ -184,7 +184,7 @@ def test_a_rank_that_raises(folder):
     """Its own traceback stands alone; the other rank says one sentence."""
     said = raising(folder, "raising", "training_step", "ZeroDivisionError('in step 4')")
     assert said.count("Traceback") == 1 and "ZeroDivisionError: in step 4" in said
-    assert "another rank exited" in said or "rank(s) [1] are gone" in said
+    assert "another rank exited" in said or "rank 1 is gone" in said
 
 
 def test_a_rank_without_memory(folder):

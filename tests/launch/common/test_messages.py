@@ -5,7 +5,16 @@ import json
 import pytest
 
 from launch.common.errors import Reject
-from launch.common.messages import did_you_mean, error_line, one_line, printable, shortened, typed_error_line
+from launch.common.messages import (
+    counted,
+    did_you_mean,
+    error_line,
+    listed,
+    one_line,
+    printable,
+    shortened,
+    typed_error_line,
+)
 from launch.data.records import DataError, DropReport
 from launch.data.train_tokenizer import train_tokenizer
 from tests.support.data import prepared
@@ -57,9 +66,9 @@ def test_a_row_of_the_report_is_one_line():
     report.truncated.append("c\nd.jsonl:1")
     assert str(report.rejections[0]) == r"a\nb\x1b[2J.jsonl:1: broken (field\n\x1b[2J)"
     assert report.summary().splitlines() == [
-        "1 rows dropped",
+        "1 row dropped",
         r"  1 x broken: a\nb\x1b[2J.jsonl:1 (field\n\x1b[2J)",
-        r"1 prompts shortened from the left (rows kept): c\nd.jsonl:1",
+        r"1 prompt shortened from the left (rows kept): c\nd.jsonl:1",
     ]
     with pytest.raises(DataError) as caught:
         report.add("a\nb:1", Reject("broken"), strict=True)
@@ -101,3 +110,9 @@ def test_what_a_file_holds_is_cut_in_an_error(tmp_path):
             prepared(str(tmp_path / name), tokenizer)
         length = len(str(caught.value))
         assert length < 1000 + len(str(tmp_path)) and "column7" in str(caught.value)
+
+
+def test_one_and_many():
+    assert [counted(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    assert counted(1, "process", "processes") == "1 process" and counted(2, "process", "processes") == "2 processes"
+    assert listed("rank", {1}) == "rank 1" and listed("rank", {3, 1}) == "ranks 1, 3"

@@ -19,7 +19,7 @@ def test_the_same_rows():
 def test_other_rows_on_one_rank():
     outcomes = pool(3).attempt(digest_of, ["abc", "abc", "xyz"], time_limit=120)
     assert [outcome.error for outcome in outcomes] == ["UserError"] * 3
-    assert all("rank(s) [2] have read other rows than rank 0" in outcome.message for outcome in outcomes)
+    assert all("rank 2 read other rows than rank 0" in outcome.message for outcome in outcomes)
 
 
 def test_what_a_checkpoint_knows():

@@ -1,0 +1,26 @@
+"""What can be done with a run that has ended: shown after its model, as commands."""
+
+import json
+import shlex
+from pathlib import Path
+
+TRY_IT = (
+    "from transformers import pipeline; "
+    'print(pipeline("text-generation", {model})("YOUR PROMPT", max_new_tokens=60)[0]["generated_text"])'
+)
+
+
+def next_steps(run: Path, model: Path, steps: int) -> str:
+    """Return commands that try the model of this run, evaluate it on other rows, and train it further."""
+    code = TRY_IT.format(model=json.dumps(str(model)))
+    rows = "--data ROWS.jsonl --eval_data ROWS.jsonl"
+    return "\n".join(
+        [
+            "next:",
+            f"  try it:         python -c {shlex.quote(code)}",
+            f"  evaluate it:    python launch/sft.py --model {shlex.quote(str(model))} {rows} --max_steps 1",
+            "                  (the first line `held out` is of the model as it is)",
+            f"  train further:  this command with --resume_from_checkpoint {shlex.quote(str(run))} "
+            f"--max_steps {2 * steps}",
+        ]
+    )

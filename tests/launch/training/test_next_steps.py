@@ -1,0 +1,60 @@
+"""What a run says when it has ended, and while it trains: commands that work, and how long it takes."""
+
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.config import early
+from launch.config.command_line import parse_options
+from launch.training import logging
+from launch.training.next_steps import next_steps
+from tests.support.small_run import write_data, write_model
+
+
+def command(text: str, name: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"  {name}:"))
+    return shlex.split(line.partition(":")[2])
+
+
+def test_the_commands_work(tmp_path, capsys):
+    write_data(tmp_path)
+    model = write_model(tmp_path, tied=True)
+    text = next_steps(tmp_path / "it's here", model, 300)
+    python, _, code = command(text, "try it")
+    assert python == "python"
+    exec(code, {})
+    assert "YOUR PROMPT" in capsys.readouterr().out
+    options, values = parse_options(command(text, "evaluate it")[2:])
+    assert Path(options.model) == model and values == {"max_steps": 1}
+    words = command(text, "train further")
+    assert early.read(early.Source(words[words.index("with") + 1 :], "")) == {
+        "resume_from_checkpoint": f"{tmp_path}/it's here",
+        "max_steps": 600,
+    }
+
+
+LOGS = {"loss": 1.0, "nll": 1.0, "accuracy": 0.5, "learning_rate": 0.1, "tokens_per_second": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "times"),
+    [
+        (0, 10, "0:01:40 elapsed, 0:48:20 left"),
+        (100, 110, "0:01:40 elapsed, 0:31:40 left"),  # resumed: what an earlier start did says nothing of the speed
+        (0, 300, "0:01:40 elapsed, 0:00:00 left"),
+        (0, 0, "0:01:40 elapsed"),
+    ],
+)
+def test_a_line_says_how_long_it_takes(monkeypatch, capsys, first, step, times):
+    now = [50.0]
+    monkeypatch.setattr(logging.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(logging.sys.stderr, "isatty", lambda: False)
+    progress = logging.Progress()
+    state = SimpleNamespace(global_step=first, max_steps=300, is_world_process_zero=True)
+    progress.on_train_begin(None, state, None)
+    now[0] += 100.0
+    state.global_step = step
+    progress.on_log(None, state, None, logs=LOGS)
+    assert capsys.readouterr().out.endswith(f"10 tokens/s  {times}\n")
