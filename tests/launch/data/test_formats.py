@@ -243,6 +243,9 @@ REJECTED = {
     "a mask that is no list": (IDS | {"loss_mask": "011"}, "loss_mask is not a list of 0 and 1"),
     "token ids alone": (IDS, "input_ids without labels.*labels=input_ids"),
     "tools that are no list": (QA | {"tools": "add"}, "tools is text, but not JSON"),
+    "tools as JSON text and more": (QA | {"tools": "[] []"}, r"tools is text, but not JSON .*extra data, column 3"),
+    "tools as JSON text with a key twice": (QA | {"tools": '[{"a": 1, "a": 2}]'}, r"not JSON .*duplicate keys"),
+    "tools as JSON text with a NaN": (QA | {"tools": '[{"a": NaN}]'}, r"not JSON .*NaN is not JSON"),
     "tools that are an object": (QA | {"tools": {"name": "add"}}, "tools is not a list"),
     "a tool that is a number": (QA | {"tools": [1]}, "a tool is not an object"),
     "a tool without a name": (
