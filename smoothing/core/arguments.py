@@ -80,7 +80,10 @@ def argument_problem(
     elif target.dtype != torch.int64:
         return f"target must be int64 token ids (or floating-point probabilities), got {target.dtype}"
     elif target.shape != leading:
-        return f"target must have shape {tuple(leading)}, one id for each token, got {tuple(target.shape)}"
+        return (
+            f"target must have shape {tuple(leading)}, one id for each token, got {tuple(target.shape)}"
+            f"{_classes_second(given, target)}"
+        )
     elif target.device.type == "cpu" and (problem := _target_problem(target, shard, options)):
         return problem
     if prior is not None and (not isinstance(prior, Tensor) or prior.shape != (width,)):
@@ -96,6 +99,13 @@ def argument_problem(
             return f"num_items_in_batch replaces the divisor of reduction='mean', got reduction={options.reduction!r}"
         return _items_problem(num_items_in_batch)
     return None
+
+
+def _classes_second(given: Tensor, target: Tensor) -> str:
+    """Return what to do if the shapes are those of `F.cross_entropy`'s `[N, C, d]` and `[N, d]`, else nothing."""
+    if given.dim() < 3 or target.shape != (given.shape[0], *given.shape[2:]):
+        return ""
+    return "; classes are the last dimension here, not the second as F.cross_entropy takes them: .movedim(1, -1)"
 
 
 def _items_problem(items: object) -> str | None:

@@ -2,7 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = ("label_smoothing", "z_loss", "logit_softcap")
@@ -31,6 +31,8 @@ class LossOptions:
         for name in FLOATS:  # 0 and 0.0 are one number, and digest must say so
             if _is_number(value := getattr(self, name)) and abs(value) < LARGEST:
                 object.__setattr__(self, name, float(value))
+        if _is_integer(self.ignore_index):  # numpy's too
+            object.__setattr__(self, "ignore_index", int(self.ignore_index))
 
     def problem(self) -> str | None:
         """Return what is wrong with these numbers, or None."""
@@ -38,7 +40,7 @@ class LossOptions:
             return f"label_smoothing must lie in [0, 1], got {self.label_smoothing!r}"
         if self.reduction not in REDUCTIONS:
             return f"reduction must be one of {', '.join(REDUCTIONS)}, got {self.reduction!r}"
-        if not isinstance(self.ignore_index, int) or not -(2**63) <= self.ignore_index < 2**63:
+        if not _is_integer(self.ignore_index) or not -(2**63) <= self.ignore_index < 2**63:
             return f"ignore_index must be an integer of 64 bits, got {self.ignore_index!r}"
         if not _is_number(self.z_loss) or not 0.0 <= self.z_loss < LARGEST:
             return f"z_loss must be a finite number of at least 0, got {self.z_loss!r}"
@@ -50,6 +52,10 @@ class LossOptions:
     def digest(self, *more: object) -> int:
         """Return a number that differs (practically always) where any option, or any of `more`, differs."""
         return zlib.crc32(repr((self, more)).encode())
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

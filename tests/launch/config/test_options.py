@@ -33,7 +33,7 @@ def test_nothing_said_is_the_embedded_default():
     options, training = parse_options([])
     said = yaml.safe_load(DEFAULT_RECIPE.read_text())
     assert options.model_config == said["model_config"]
-    assert training["max_steps"] == said["max_steps"]
+    assert training["max_steps"] == said["max_steps"] and training["save_total_limit"] == 1
 
 
 def test_a_model_alone_is_not_given_the_default_recipe():

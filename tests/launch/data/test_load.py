@@ -119,7 +119,7 @@ def test_mixed_formats_are_converted_and_stated(tmp_path, tokenizer):
     data = prepared(str(path), tokenizer)
     assert len(data.train) == 3
     formats = describe_formats(data.summary.formats)
-    assert formats == "mixed: question/answer (2 rows), prompt/completion (1 rows)"
+    assert formats == "mixed: question/answer (2 rows), prompt/completion (1 row)"
 
 
 def test_unknown_format_names_the_fields_and_the_known_formats(tmp_path, tokenizer):

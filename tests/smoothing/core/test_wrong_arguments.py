@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from smoothing import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
+from smoothing.core.options import LossOptions
 from tests.support.ranks import fresh_group, pool
 
 VOCAB = 12
@@ -141,6 +143,8 @@ MISTAKES = {
         r"target gets no gradient.*detach",
     ),
     "ignore-index-huge": (with_options(ignore_index=2**70), r"ignore_index.*64 bits"),
+    "ignore-index-bool": (with_options(ignore_index=True), r"ignore_index.*64 bits.*True"),
+    "ignore-index-float": (with_options(ignore_index=-100.0), r"ignore_index.*64 bits.*-100\.0"),
     "num-items-huge": (with_options(num_items_in_batch=2**70), r"num_items_in_batch.*1180591620717411303424"),
     "bound-missing": (lambda call: replace(call, bounds=(None, call.bounds[1])), r"takes integers.*None"),
     "logits-sparse": (lambda call: replace(call, logits=call.logits.detach().to_sparse()), r"logits must be a dense"),
@@ -306,3 +310,24 @@ def test_one_rank_finds_out_by_itself(name, head):
     """What several ranks find out together, a single rank finds out without any collective."""
     (outcome,) = pool(1).attempt(alone_wrong, name, head)
     assert outcome.error == "ValueError" and re.search(ALONE_WRONG[name][2], outcome.message), outcome
+
+
+def test_integers_of_numpy_are_integers():
+    options = LossOptions(ignore_index=np.int64(-7))
+    assert options.problem() is None and options == LossOptions(ignore_index=-7)
+    assert options.digest() == LossOptions(ignore_index=-7).digest()  # what ranks compare
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 5), (4, 7, 5, 3), (1, 7, 5)])
+def test_logits_as_cross_entropy_takes_them(shape):
+    """`[N, C, d...]`: refused, with what to do; done so, the loss is the same."""
+    logits = torch.randn(shape)
+    target = torch.randint(3, (shape[0], *shape[2:]))
+    with pytest.raises(ValueError, match=r"target must have shape .* F\.cross_entropy takes them: \.movedim"):
+        smoothed_cross_entropy(logits, target)
+    with pytest.raises(ValueError, match=r"^(?!.*movedim)"):
+        smoothed_cross_entropy(logits, target[..., :-1])
+    assert torch.allclose(
+        smoothed_cross_entropy(logits.movedim(1, -1), target, label_smoothing=0.1),
+        torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1),
+    )
