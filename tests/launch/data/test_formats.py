@@ -78,7 +78,7 @@ RECOGNISED: dict[str, tuple[str, dict, Example]] = {
     "messages as JSON text": ("messages", {"messages": json.dumps(ASKED)}, chat("uhi", "aho")),
     "messages as JSON text with nulls": (
         "messages",
-        {"messages": json.dumps([message | {"weight": None, "tool_calls": None} for message in ASKED])},
+        {"messages": json.dumps([message | {"weight": None, "name": None} for message in ASKED])},
         chat("uhi", "aho"),
     ),
     "messages with their system prompt in a column too": (
