@@ -47,7 +47,9 @@ from launch.process.watchdog import Watchdog
 from launch.run.checkpoints import reading
 from launch.run.directory import Run, open_run
 from launch.run.layout import layout
+from launch.run.started import first_day
 from launch.training.export import export
+from launch.training.generation import stop_generation
 from launch.training.next_steps import next_steps
 from launch.training.samples import write_samples
 from launch.training.trainer import SftTrainer
@@ -62,10 +64,11 @@ def main(argv: list[str]) -> None:
     if options.preview:
         return preview(options, training_values)
     options, args = training_arguments(options, training_values)
-    tokenizer, data = load_data(options)
+    day = from_main(lambda: first_day(training_values.get("output_dir")))
+    tokenizer, data = load_data(options, day)
     recipe = resolved(options, args, training_values.get("deepspeed"))
     facts = layout(options, args, data)
-    run = open_run(training_values.get("output_dir"), recipe, args.resume_from_checkpoint, facts)
+    run = open_run(training_values.get("output_dir"), recipe, args.resume_from_checkpoint, facts, day)
     if run.finished:
         say(f"{run.path} is finished: its model is in {run.path / MODEL}; a larger --max_steps would train further")
         return
@@ -75,6 +78,7 @@ def main(argv: list[str]) -> None:
         with StartupErrors(run.path) as starting:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting)
             train(trainer, run)
+        stop_generation(trainer.model, tokenizer, data.summary.stops)
         write_samples(trainer, tokenizer, data.heldout, options.samples)
         watchdog.beat("exporting the model", storage=True)
         if reason := trainer.best_not_exported():

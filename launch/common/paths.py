@@ -6,6 +6,7 @@ RUNS = Path("runs")  # where run directories are numbered when none is named
 
 LOCK = ".lock"
 RECIPE = "recipe.yaml"
+STARTED = "started.txt"
 DEEPSPEED = "deepspeed.json"
 METRICS = "metrics.jsonl"
 DROPPED = "dropped.txt"

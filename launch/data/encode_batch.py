@@ -12,7 +12,7 @@ from launch.common.messages import one_line, shortened
 from launch.data.encode import Encoder
 from launch.data.examples.columns import Columns
 from launch.data.examples.formats import detect_format, to_example, used_columns
-from launch.data.examples.kinds import Example
+from launch.data.examples.kinds import Example, TokenExample
 from launch.data.examples.rows import IGNORED, Row
 from launch.data.examples.special_tokens import SpelledOut
 from launch.data.records import Note, Record, Rejected
@@ -30,6 +30,8 @@ class Kept(NamedTuple):
     learned: int
     cut: int
     special_token: str
+    notes: tuple[str, ...] = ()
+    stop: int | None = None  # the token that ends its last answer; None for rows that came as tokens
 
 
 class EncodedBatch(NamedTuple):
@@ -101,7 +103,8 @@ class BatchEncoder:
             raise Reject("the tokenizer fails on the text", shortened(f"{type(error).__name__}: {error}")) from None
         learned = sum(label != IGNORED for label in row["labels"][1:])
         token = self._special.first(example) or ""
-        return Kept(record.where, format, learned, row["prompt_tokens_cut"], token), row
+        stop = None if isinstance(example, TokenExample) else row["input_ids"][-1]
+        return Kept(record.where, format, learned, row["prompt_tokens_cut"], token, tuple(row["notes"]), stop), row
 
     def example_of(self, record: Record) -> Example:
         """Return the example that a record stands for. Raises Reject for one that cannot be used."""

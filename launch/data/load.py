@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 
 import jinja2
@@ -28,15 +29,16 @@ from launch.process.once import once_a_machine
 from launch.process.ranks import say
 
 
-def load_data(options: SftOptions) -> tuple[PreTrainedTokenizerBase, EncodedData]:
+def load_data(options: SftOptions, day: date | None = None) -> tuple[PreTrainedTokenizerBase, EncodedData]:
     """Load the tokenizer and the encoded rows; print what was found and dropped, and one row with its label mask.
 
-    The rows are prepared on the first rank of each machine, unless an earlier run has done so.
+    The rows are prepared on the first rank of each machine, unless an earlier run has done so. `day` is the date that
+    a chat template is told: the day on which the run was first started, so that a resumed run has the same rows.
 
     Collectives: those of `once_a_machine`.
     """
     sources = run_sources(options)
-    paths = json.loads(once_a_machine(lambda: json.dumps(_prepare(options, sources)), "preparing the data"))
+    paths = json.loads(once_a_machine(lambda: json.dumps(_prepare(options, sources, day)), "preparing the data"))
     tokenizer = load_tokenizer(options, Path(paths["pieces"]) if paths["pieces"] else None)
     data = open_prepared(Path(paths["rows"]))
     if options.strict:
@@ -52,26 +54,28 @@ def run_sources(options: SftOptions) -> Sources:
     return sources_of(options.data, options.eval_data, options.eval_fraction)
 
 
-def make_encoder(options: SftOptions, tokenizer) -> BatchEncoder:
+def make_encoder(options: SftOptions, tokenizer, day: date | None = None) -> BatchEncoder:
     """Return what makes rows of a run's records."""
     assert not isinstance(options.chat_template_kwargs, str)  # parsed by now
     pairs_as_chat = options.chat_template != NONE
-    encode = Encoder(tokenizer, options.max_length, options.chat_template_kwargs, pairs_as_chat=pairs_as_chat)
+    encode = Encoder(tokenizer, options.max_length, options.chat_template_kwargs, day, pairs_as_chat)
     return BatchEncoder(tokenizer, encode, Columns(column_names(options.columns)))
 
 
-def _prepare(options: SftOptions, sources: Sources) -> dict:
+def _prepare(options: SftOptions, sources: Sources, day: date | None) -> dict:
     """Return where the rows are, and the pieces of a tokenizer that was trained for them."""
     cache = Cache(None)
     pieces = train_once(options, cache, sources.train) if options.model is None else None
     tokenizer = load_tokenizer(options, pieces)
-    encoder = make_encoder(options, tokenizer)
+    day = day or date.today()
+    encoder = make_encoder(options, tokenizer, day)
     facts = {
         "sources": sources.fingerprints(),
         "tokenizer": describe_tokenizer(tokenizer),
         "columns": encoder.columns.renamed,
         "chat template": [options.chat_template_kwargs, options.chat_template != NONE],
         "max_length": options.max_length,
+        "day": day.isoformat() if encoder.encode.template.dated else None,
         "versions": [library.__version__ for library in (tokenizers, transformers, jinja2)],
     }
 

@@ -90,6 +90,7 @@ class _Rows:
         self.formats: Counter[str] = Counter()
         self.found: set[str] = set()
         self.used: set[str] = set()
+        self.stops: set[int] = set()
         self.lengths, self.learned, self.digests = array("i"), array("i"), bytearray()
 
     def read(self, source: Source, file: RowsWriter, pool: Pool, progress: RowsProgress) -> int:
@@ -121,6 +122,10 @@ class _Rows:
             self.report.truncated.append(kept.where)
         if kept.special_token:
             self.report.spelled_out[kept.where] = kept.special_token
+        for note in kept.notes:
+            self.report.noted.setdefault(note, []).append(kept.where)
+        if kept.stop is not None:
+            self.stops.add(kept.stop)
 
     def check_columns(self, columns: Columns) -> None:
         """Note the columns that play no part. Raises DataError for one that is to be renamed and is not there."""
@@ -159,6 +164,7 @@ class _Rows:
             digest=digest.hexdigest(),
             formats=dict(self.formats.most_common()),
             statistics=statistics,
+            stops=sorted(self.stops),
             report=self.report,
         )
 

@@ -27,6 +27,7 @@ class Summary:
         digest: The SHA-256 of the training rows: tokens, labels and row boundaries, in order.
         formats: The rows in each format.
         statistics: Of the training rows.
+        stops: The tokens that end answers.
         report: What was dropped.
     """
 
@@ -37,6 +38,7 @@ class Summary:
     digest: str
     formats: dict[str, int]
     statistics: Statistics
+    stops: list[int]
     report: DropReport
 
     def to_json(self) -> str:

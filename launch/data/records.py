@@ -58,12 +58,14 @@ class DropReport:
     """Dropped rows with their reasons, and kept rows and files that the user may want to look at.
 
     `truncated`: rows kept with a shortened prompt. `spelled_out`: rows kept, and the special token that each holds.
+    `noted`: what is worth knowing about rows that are kept, and which rows.
     `left_out`: notes on how a source was read, such as files that were left out by their names.
     """
 
     rejections: list[Rejected] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
     spelled_out: dict[str, str] = field(default_factory=dict)
+    noted: dict[str, list[str]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
     def add(self, where: str, reject: Reject, strict: bool = False) -> None:
@@ -96,6 +98,8 @@ class DropReport:
             shown = _some([f"{where} ({token})" for where, token in self.spelled_out.items()], examples)
             count = len(self.spelled_out)
             lines.append(f"{count} texts hold special tokens, read as those tokens (rows kept): {shown}")
+        for note, places in self.noted.items():
+            lines.append(f"{len(places)} x {note} (rows kept): {_some(places, examples)}")
         return "\n".join(lines + self.left_out)
 
     def lines(self) -> str:

@@ -19,6 +19,7 @@ from launch.common.paths import (
     RECIPE,
     RUNS,
     SAMPLES,
+    STARTED,
     TENSORBOARD,
     WEIGHTS,
 )
@@ -26,7 +27,7 @@ from launch.process.ranks import rank
 from launch.run.checkpoints import checkpoints
 from launch.run.compare import check_recipe
 
-WRITTEN_FILES = (LOCK, RECIPE, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
+WRITTEN_FILES = (LOCK, RECIPE, STARTED, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
 NUMBER = re.compile("[0-9]{1,9}")  # of a run; a longer one is no count, and its successor may be too long for a name
 PREVIEW_FILES = (PREVIEW_HTML, PREVIEW_JSONL)  # may be there before a run is
 _locks: dict[Path, IO] = {}

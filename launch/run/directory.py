@@ -1,6 +1,7 @@
 """The directory of a run: created, resumed by the same command, never overwritten."""
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from launch.common.errors import UserError
@@ -45,7 +46,7 @@ class _Opened:
     given: list[Path]
 
 
-def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: dict) -> Run:
+def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: dict, day: date | None = None) -> Run:
     """Claim a directory for a run of this recipe, on all ranks; resume from its last whole checkpoint.
 
     The first rank opens the directory and settles it. Between the two all ranks see whether they share it, and
@@ -57,6 +58,7 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
         checkpoint: --resume_from_checkpoint, where a directory without checkpoints starts from: a checkpoint, or a
             run, whose last whole one is taken.
         facts: How this start is laid out over ranks, and its data (`launch.run.layout`).
+        day: The date that the run's chat template is told, today's if None.
 
     Raises:
         UserError: The directory holds something else, another recipe, a damaged model, a finished run that is to go
@@ -75,7 +77,7 @@ def open_run(wanted: str | None, recipe: dict, checkpoint: str | None, facts: di
         last = _given(checkpoint, opened.given)
     elif last is not None and checkpoint is not None:
         say(f"--resume_from_checkpoint is for a directory without checkpoints; {opened.path} has its own")
-    return from_main(lambda: _resume(opened, recipe, last, facts))
+    return from_main(lambda: _resume(opened, recipe, last, facts, day or date.today()))
 
 
 def _open(wanted: str | None, recipe: dict, checkpoint: str | None) -> _Opened:
@@ -113,11 +115,11 @@ def _given(named: str, folders: list[Path]) -> Path:
     raise UserError(f"--resume_from_checkpoint {folders[-1]} is not whole: {problem}; name another one")
 
 
-def _resume(opened: _Opened, recipe: dict, last: Path | None, facts: dict) -> Run:
+def _resume(opened: _Opened, recipe: dict, last: Path | None, facts: dict, day: date) -> Run:
     """Compare with the checkpoint, settle the directory, and convert the checkpoint if its layout is another."""
     before = {} if last is None else facts_of(last)
     changes = [] if last is None else check_facts(last, before, facts)
-    settle(opened.path, recipe, last)
+    settle(opened.path, recipe, last, day)
     if opened.known:
         say(
             f"resuming from {last}"

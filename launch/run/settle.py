@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import yaml
@@ -13,14 +14,15 @@ from launch.common.paths import (
     MODEL_PARTIAL,
     RECIPE,
     REMOVED,
+    STARTED,
     TRACEBACKS,
     UNIVERSAL_PARTIAL,
 )
 from launch.run.checkpoints import step_of
 
 
-def settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
-    """Write the recipe, remove what an interrupted start left, and drop metrics past the checkpoint."""
+def settle(path: Path, recipe: dict, checkpoint: Path | None, day: date) -> None:
+    """Write the recipe and, once, the day; remove what a start left unfinished, and metrics past the checkpoint."""
     for partial in (CHECKPOINT_PARTIAL, UNIVERSAL_PARTIAL, MODEL_PARTIAL):
         shutil.rmtree(path / partial, ignore_errors=True)
     for leftover in path.glob(f"{REMOVED}*"):
@@ -28,6 +30,8 @@ def settle(path: Path, recipe: dict, checkpoint: Path | None) -> None:
     for leftover in path.glob(TRACEBACKS):
         leftover.unlink()
     write_whole(path / RECIPE, yaml.safe_dump(recipe, sort_keys=True))
+    if not (path / STARTED).exists():
+        write_whole(path / STARTED, f"{day}\n")
     if (path / METRICS).exists():
         kept = [] if checkpoint is None else _metrics_until(path / METRICS, step_of(checkpoint))
         write_whole(path / METRICS, "".join(kept))

@@ -50,7 +50,7 @@ def complete(
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=model.generation_config.eos_token_id,
             )
         completions.append(
             {

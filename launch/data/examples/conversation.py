@@ -73,6 +73,9 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
         learned.append(slice(len(ids) - 1, len(ids)))
     row = labelled(ids, learned, rendered.text, spans)
     row["notes"] = rendered.notes
+    if ids[-1] != tokenizer.eos_token_id:
+        stop = tokenizer.convert_ids_to_tokens(ids[-1])
+        row["notes"].append(f"the answer ends with {stop}, where the tokenizer's EOS is {tokenizer.eos_token}")
     return row
 
 

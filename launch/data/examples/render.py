@@ -74,6 +74,11 @@ class ChatTemplate:
         """Return whether the template marks what the assistant wrote."""
         return GENERATION.search(self._source(arguments)) is not None
 
+    @property
+    def dated(self) -> bool:
+        """Whether the template may print the date."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
     def prompt(self, messages: Messages, arguments: Mapping[str, Any]) -> str:
         """Return the text that the model answers, with the answer's header, which the model does not write."""
         opened = self.render(messages, arguments, generation_prompt=True)

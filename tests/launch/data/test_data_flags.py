@@ -1,6 +1,7 @@
 """`--columns`, `--chat_template` and `--chat_template_kwargs` from the flags to the rows."""
 
 import json
+from datetime import date
 
 import pytest
 from transformers import AutoTokenizer
@@ -116,3 +117,32 @@ def test_settings_that_no_template_reads_are_refused(tmp_path, model):
         first_row(data=source, model=model(None), chat_template_kwargs={"mood": "glad"})
     with pytest.raises(UserError, match="--chat_template_kwargs: the chat template never reads 'moods'"):
         first_row(data=source, model=model(SETTING), chat_template_kwargs={"mood": "glad", "moods": "sad"})
+
+
+def test_a_dated_template_is_told_one_day_and_prepared_again_for_another(tmp_path, model, capsys):
+    dated = model("{{ strftime_now('%d %b %Y') + '\n' }}" + CHATML)
+    options = SftOptions(data=write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}]), model=dated)
+    days = [date(2024, 2, 29), date(2024, 3, 1), date(2024, 2, 29)]
+    starts = []
+    for day in days:
+        tokenizer, data = load_data(options, day)
+        starts.append(tokenizer.decode(data.train[0]["input_ids"]).partition("\n")[0])
+    assert starts == ["29 Feb 2024", "01 Mar 2024", "29 Feb 2024"]
+    assert capsys.readouterr().out.count("from the cache") == 1
+
+
+def test_an_undated_template_is_prepared_once(tmp_path, model, capsys):
+    options = SftOptions(data=write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}]), model=model(CHATML))
+    for day in (date(2024, 2, 29), date(2024, 3, 1)):
+        load_data(options, day)
+    assert capsys.readouterr().out.count("from the cache") == 1
+
+
+def test_an_end_of_turn_that_is_not_eos_is_named_and_becomes_a_stop(tmp_path, capsys):
+    byte_level("<|endoftext|>").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    source = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}] * 2)
+    tokenizer, data = load_data(SftOptions(data=source, model=str(tmp_path / "model")))
+    note = "2 x the answer ends with <|im_end|>, where the tokenizer's EOS is <|endoftext|> (rows kept)"
+    assert note in capsys.readouterr().out
+    assert tokenizer.convert_ids_to_tokens(data.summary.stops) == ["<|im_end|>"]
