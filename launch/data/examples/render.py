@@ -156,7 +156,8 @@ class ChatTemplate:
                     **{**self.tokenizer.special_tokens_map, **self.arguments, **arguments},
                 )
         except Exception as error:
-            raise Reject("the chat template refuses the conversation", typed_error_line(error, 80)) from None
+            detail = f"{typed_error_line(error, 80)}; change the row, or give another --chat_template"
+            raise Reject("the chat template refuses the conversation", detail) from None
         if len(rendered[0]) > LARGEST_TEXT:
             raise Reject(f"longer than {LARGEST_TEXT:,} characters", f"{len(rendered[0]):,}")
         return unicode(rendered[0], "the rendered conversation"), spans[0] if marks else []

@@ -191,11 +191,11 @@ def _check_tools(rendered: Rendered, example: ChatExample) -> None:
 
 
 def _left_out(text: str, example: ChatExample) -> list[str]:
-    """Return a note for each role whose words the template leaves out."""
+    """Return a note for each role whose words the template leaves out, such as the thoughts of earlier answers."""
     roles = set()
     for message in example.messages:
         content = message.get("content")
-        if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in text:
+        if isinstance(content, str) and content.strip() not in text:
             roles.add(message["role"])
     written = _squeezed(text) if roles else ""
     lost = {
@@ -203,7 +203,7 @@ def _left_out(text: str, example: ChatExample) -> list[str]:
         for message in example.messages
         if message["role"] in roles and _squeezed(message.get("content") or "") not in written
     }
-    return [f"the chat template leaves out or changes the words of a {role} message" for role in sorted(lost)]
+    return [f"the chat template leaves out or changes words of the role {role}" for role in sorted(lost)]
 
 
 def _holds(written: str, content: Any, template: ChatTemplate) -> bool:

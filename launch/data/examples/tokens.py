@@ -27,13 +27,17 @@ class Tokens:
         """Return which tokens overlap the characters from `start` to `end`.
 
         A token without characters of its own (blanks that were trimmed) has those between its neighbours. A special
-        token that takes the blanks behind it along is none of those that begin with them.
+        token that takes blanks of its neighbour along is no token of the neighbour.
         """
         spans = self.spans
         first = bisect_right(spans, start, key=lambda span: span[1])
         if first < len(spans) and 0 <= spans[first][0] < start and special.match(self.text, spans[first][0]):
             first += 1
         last = max(first, bisect_left(spans, end, key=lambda span: span[0]))
+        if last > first and spans[last - 1][1] > end:
+            begin, stop = spans[last - 1]
+            content = stop - len(self.text[begin:stop].lstrip())
+            last -= content >= end and special.match(self.text, content) is not None
         following = spans[first][0] if first < len(spans) else end
         while first and following > start and spans[first - 1][0] == spans[first - 1][1] >= start:
             first -= 1

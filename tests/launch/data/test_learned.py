@@ -298,7 +298,7 @@ def test_what_a_template_leaves_out_is_refused_or_noted():
         "<|im_end|>", template=CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
     )
     row = encode(chat([("system", "Be kind."), *TURNS[:2]]), silent, 256)
-    assert row["notes"] == ["the chat template leaves out or changes the words of a system message"]
+    assert row["notes"] == ["the chat template leaves out or changes words of the role system"]
 
 
 @pytest.mark.parametrize("answer", [" 4", "\n4"])
@@ -310,6 +310,15 @@ def test_blanks_that_a_special_token_takes_along_do_not_make_it_a_label(answer):
     tokenizer.add_tokens([AddedToken("<|open|>", rstrip=True, special=True)], special_tokens=True)
     row = encode(chat([("user", "Hi"), ("assistant", answer)]), tokenizer, 256)
     assert learned_texts(row, tokenizer) == ["4<|im_end|>"]
+
+
+def test_a_special_token_behind_an_answer_that_takes_its_blanks_along():
+    template = "{% for m in messages %}{{ '<|x|>' + m.role + '\n' + m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<|x|>assistant\n' }}{% endif %}"
+    tokenizer = byte_level("<|im_end|>", template=template)
+    tokenizer.add_tokens([AddedToken("<|x|>", lstrip=True, special=True)], special_tokens=True)
+    row = encode(chat([("user", "Hi"), ("assistant", "Hello. "), *TURNS[2:4]]), tokenizer, 256)
+    assert learned_texts(row, tokenizer) == ["Hello.", "4<|im_end|>"]
 
 
 def test_a_template_that_always_opens_an_answer():
