@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from transformers import TrainerCallback
 
@@ -96,32 +96,40 @@ class Watchdog(TrainerCallback):
         self.beat(f"the end of step {state.global_step}")
 
     def _watch(self) -> None:
-        gone_before: set[int] = set()
-        silent_before: set[int] = set()
+        gone: set[int] = set()
+        silent: set[int] = set()
         beat, patience = self._beat, self.limit
         while not self._over.wait(LOOK_SECONDS):
-            gone = {r for r, peer in self._peers.items() if not alive(peer.pid, peer.started)}
-            if lost := gone & gone_before:  # seen twice, so that ranks which exit together do not report one another
-                if rank() == min({rank(), *self._peers} - lost):
-                    verb = "is" if len(lost) == 1 else "are"
-                    self._say(f"{listed('rank', lost)} {verb} gone during {beat.doing}")
-                os._exit(self.code)
-            gone_before = gone
+            gone = self._stop_if_gone(gone)
             if self._beat is not beat:
-                beat, patience, silent_before = self._beat, self.limit, set()
+                beat, patience, silent = self._beat, self.limit, set()
             if not self.limit or beat.waited() <= patience:
                 continue
             answers = self._roll.ask()
-            silent = set(range(world_size())) - (answers or {}).keys()
             if self._beat is not beat:
                 continue
             if answers is None:
                 self._stop_cut_off(beat)
-            elif silent & silent_before or not (silent or self._waits_for_storage(beat, answers)):
+            silent_before, silent = silent, set(range(world_size())) - answers.keys()
+            if silent & silent_before:  # asked twice: a rank may be kept from answering for a moment
                 self._stop_stalled(beat, answers)
             elif not silent:
+                if not self._waits_for_storage(beat, answers):
+                    self._stop_stalled(beat, answers)
                 patience += self.limit
-            silent_before = silent  # asked twice: a rank may be kept from answering for a moment
+
+    def _stop_if_gone(self, gone_before: set[int]) -> set[int]:
+        """Return the ranks of this machine that are gone; end this process, with a report, if one was before.
+
+        Seen twice, so that ranks which exit together do not report one another.
+        """
+        gone = {other for other, peer in self._peers.items() if not alive(peer.pid, peer.started)}
+        if lost := gone & gone_before:
+            if rank() == min({rank(), *self._peers} - lost):
+                verb = "is" if len(lost) == 1 else "are"
+                self._say(f"{listed('rank', lost)} {verb} gone during {self._beat.doing}")
+            os._exit(self.code)
+        return gone
 
     def _own_answer(self) -> Answer:
         return Answer(describe_thread(sys._current_frames().get(self._main)), self._beat.storage)
@@ -130,7 +138,7 @@ class Watchdog(TrainerCallback):
         """Return whether some rank is at its storage, which may still take a while."""
         return any(answer.storage for answer in answers.values()) and beat.waited() <= STORAGE_PATIENCE * self.limit
 
-    def _stop_stalled(self, beat: Beat, answers: dict[int, Answer]) -> None:
+    def _stop_stalled(self, beat: Beat, answers: dict[int, Answer]) -> NoReturn:
         """Report where each rank is, once for all ranks, and end this process."""
         if self._roll.speaks_for_all():
             waits = [answers[r].place if r in answers else self._silence(r) for r in range(world_size())]
@@ -139,13 +147,13 @@ class Watchdog(TrainerCallback):
             self._end_stopped(self._peers.values())
         os._exit(self.code)
 
-    def _stop_cut_off(self, beat: Beat) -> None:
+    def _stop_cut_off(self, beat: Beat) -> NoReturn:
         """Report that the store of the ranks is lost, and end this process. Neighbours that run find that out too."""
         halted = [other for other, peer in self._peers.items() if stopped(peer.pid, peer.started)]
         if 0 in halted:
             cause = "rank 0, whose process keeps the store, is stopped"
         elif rank() == 0 or 0 in self._peers:
-            cause = "rank 0's process, which keeps it on this machine, hangs"
+            cause = "the process that keeps it on this machine hangs"
         else:
             cause = "the link from this machine to rank 0's is lost, or rank 0 is"
         lines = "".join(f"\n  rank {other} {self._silence(other)}" for other in halted)

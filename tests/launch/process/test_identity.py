@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from launch.process import watchdog
 from launch.process.identity import ProcessIdentity, alive, machine, start_time, stopped, this_process
-from launch.process.watchdog import NOTICED_SECONDS, Watchdog, peers
+from launch.process.watchdog import Watchdog, peers
 
 SAY = "from launch.process.identity import this_process; print(*this_process(), sep='|')"
 UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc"]
@@ -57,7 +58,8 @@ def test_alive():
     assert not alive(child.pid) and start_time(child.pid) is None
 
 
-def test_only_a_stopped_process_is_killed_and_no_stranger_with_its_id():
+def test_only_a_stopped_process_is_killed_and_no_stranger_with_its_id(monkeypatch):
+    monkeypatch.setattr(watchdog, "NOTICED_SECONDS", 0.2)
     stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     peer = ProcessIdentity(machine(), stranger.pid, start_time(stranger.pid))
     Watchdog._end_stopped([peer])
@@ -70,7 +72,7 @@ def test_only_a_stopped_process_is_killed_and_no_stranger_with_its_id():
     gone = peer._replace(started=peer.started - 1)
     assert not stopped(*gone[1:])
     Watchdog._end_stopped([gone])
-    time.sleep(NOTICED_SECONDS + 1)
+    time.sleep(0.5)
     assert stranger.poll() is None
     Watchdog._end_stopped([peer])
-    assert stranger.wait(10 + NOTICED_SECONDS) == -9
+    assert stranger.wait(10) == -9
