@@ -132,7 +132,7 @@ class ChatTemplate:
             return turn
         behind_answer = self.special.match(longer.partition(ANSWER)[2].lstrip())
         behind_question = self.special.match(longer.partition(QUESTION)[2].lstrip())
-        if behind_answer and behind_question and behind_answer[0] == behind_question[0]:
+        if stop and behind_answer and behind_question and behind_answer[0] == behind_question[0]:
             turn.inner_stop = behind_answer[0]  # what ends every turn, not what begins the next one
         return turn
 
