@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib.util
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,15 +21,12 @@ from launch.common.messages import printable
 from launch.config.hints import unknown_key
 from launch.config.settings import Source, combine, refuse
 
-CLASSES = {  # in the order in which later ones override earlier ones
-    "TrainingArguments": "transformers/training_args.py",
-    "SftTrainingArguments": "launch/config/training_arguments.py",
-    "LossFlags": "launch/config/options.py",
-    "ModelFlags": "launch/config/options.py",
-    "DataFlags": "launch/config/options.py",
-    "ParallelismFlags": "launch/config/options.py",
-    "RunFlags": "launch/config/options.py",
-}
+# where the flags are and which classes hold them, in the order in which later ones override earlier ones
+CLASSES = (
+    ("transformers/training_args.py", "TrainingArguments"),
+    ("launch/config/training_arguments.py", "SftTrainingArguments"),
+    ("launch/config/options.py", "[A-Z][A-Za-z]*Flags"),
+)
 HELP_FLAGS = {"-h", "--help", "--help-all"}
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 NUMBERS = {"int": (int, "a whole number"), "float": (float, "a number")}
@@ -138,11 +136,13 @@ def _value(name: str, flag: Flag, given: list[str], place: str) -> Any:
 
 @functools.cache
 def flags() -> dict[str, Flag]:
-    """Return all flags by name. Empty classes raise: an annotation that is not read would be an unknown flag."""
+    """Return all flags by name."""
     found: dict[str, Flag] = {}
-    for name, file in CLASSES.items():
-        (body,) = (node.body for node in _parsed(file).body if isinstance(node, ast.ClassDef) and node.name == name)
-        for node in body:
+    for file, name in CLASSES:
+        classes = [
+            node for node in _parsed(file).body if isinstance(node, ast.ClassDef) and re.fullmatch(name, node.name)
+        ]
+        for node in (line for holder in classes for line in holder.body):
             if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
                 continue
             if not node.target.id.startswith("_"):
@@ -150,7 +150,6 @@ def flags() -> dict[str, Flag]:
     return found
 
 
-@functools.cache
 def _parsed(file: str) -> ast.Module:
     package = file.split("/")[0]
     folder = Path(importlib.util.find_spec(package).origin).parent  # not imported
