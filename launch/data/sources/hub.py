@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import datasets.packaged_modules
 
+from launch.common.messages import typed_error_line
 from launch.data.records import DataError, Records
 from launch.data.sources.arrow_rows import dataset_rows
 
@@ -27,7 +28,7 @@ def load_hub(source: str) -> datasets.Dataset:
             raise
         raise DataError(
             f"{source!r} is not a local file and could not be loaded from the hub as data set {name!r}, split "
-            f"{split!r} ({type(error).__name__}: {error}); check the name (name:split or name:config:split) "
+            f"{split!r} ({typed_error_line(error)}); check the name (name:split or name:config:split) "
             "and the network, or give a local file."
         ) from error
 

@@ -13,6 +13,7 @@ import pytest
 from launch.common.errors import Reject
 from launch.data.prepared import EncodedData
 from launch.data.records import DataError, DropReport
+from launch.data.sources import csv_files
 from launch.data.sources.compression import SUFFIXES
 from launch.data.sources.files import iter_records, read_records, source_fingerprint
 from launch.data.train_tokenizer import train_tokenizer
@@ -124,6 +125,19 @@ def test_a_line_that_never_ends_is_passed_over(tmp_path):
     report = DropReport()
     assert [record.where for record in read_records(str(path), report)] == [f"{path}:1", f"{path}:3"]
     assert [str(r) for r in report.rejections] == [f"{path}:2: line too long (more than 64 MiB)"]
+
+
+ENDLESS = {"a line": ("x" * 2000 + ",y\n", ["b", "d"]), "many lines": ('"' + "x\n" * 1000 + '",y\n', ["b"])}
+
+
+@pytest.mark.parametrize(("row", "kept"), ENDLESS.values(), ids=ENDLESS)
+def test_a_csv_row_that_never_ends_is_passed_over(tmp_path, monkeypatch, row, kept):
+    monkeypatch.setattr(csv_files, "LONGEST_ROW", 1000)
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,completion\na,b\n{row}c,d\n")
+    report = DropReport()
+    assert [record.fields["completion"] for record in read_records(str(path), report)] == kept
+    assert (report.rejections[0].where, report.rejections[0].reason) == (f"{path}:3", "row too long")
 
 
 BAD_FILES = {
