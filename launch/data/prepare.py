@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launch.common.atomic_files import write_whole
-from launch.common.messages import shortened
+from launch.common.messages import counted, shortened
 from launch.data.encode_batch import DIGEST_BYTES, UNRECOGNISED, BatchEncoder, EncodedBatch, Kept
 from launch.data.examples.columns import Columns
 from launch.data.examples.formats import known_formats
@@ -63,7 +63,7 @@ def prepare(
         heldout = draw_heldout(count, sources.fraction, seed)
         if not heldout:
             rows.report.left_out.append(
-                f"nothing held out: {count} rows (fewer than {SMALLEST_SPLIT}, or eval_fraction 0)"
+                f"nothing held out: {counted(count, 'row')} (fewer than {SMALLEST_SPLIT}, or eval_fraction 0)"
             )
     trained = [source.name for source in sources.train]
     summary = rows.summary(checksum(folder), list(zip(trained, counts, strict=True)), heldout)

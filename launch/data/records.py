@@ -96,8 +96,8 @@ class DropReport:
             lines.append(f"{counted(len(self.truncated), 'prompt')} shortened from the left (rows kept): {shown}")
         if self.spelled_out:
             shown = _some([f"{where} ({token})" for where, token in self.spelled_out.items()], examples)
-            count = len(self.spelled_out)
-            lines.append(f"{count} texts hold special tokens, read as those tokens (rows kept): {shown}")
+            texts = counted(len(self.spelled_out), "text")
+            lines.append(f"{texts} with special tokens, read as those tokens (rows kept): {shown}")
         for note, places in self.noted.items():
             lines.append(f"{len(places)} x {note} (rows kept): {_some(places, examples)}")
         return "\n".join(lines + self.left_out)

@@ -3,7 +3,7 @@
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.common.errors import UserError
-from launch.common.messages import error_line, shortened
+from launch.common.messages import counted, error_line, shortened
 from launch.config.options import SftOptions
 from launch.process.ranks import say
 
@@ -28,7 +28,7 @@ def check_loaded(model: str, found: dict) -> None:
             f"({len(missing)} missing, {len(wrong)} of another shape, {len(unknown)} unknown); they would be random"
         )
     if unknown:
-        say(f"{len(unknown)} weights of {model} are not in its configuration: {shortened(', '.join(unknown))}")
+        say(f"{counted(len(unknown), 'weight')} of {model} not in its configuration: {shortened(', '.join(unknown))}")
 
 
 def _check_causal(config: PreTrainedConfig) -> None:

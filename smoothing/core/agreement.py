@@ -202,7 +202,8 @@ def disagreement(headers: list[Header], rank: int) -> str | None:
     """Return what keeps these ranks from computing one loss, as seen from `rank`; None if nothing does."""
     refused = [other for other, header in enumerate(headers) if header.refused]
     if refused:
-        return f"rank(s) {refused} of this vocabulary's group refused their arguments and raised; see the error there"
+        named = f"rank{'s' if len(refused) > 1 else ''} {', '.join(map(str, refused))}"
+        return f"{named} of this vocabulary's group refused the arguments and raised; see the error there"
     for other in range(len(headers)):
         if problem := _difference(headers, rank, other):
             return problem

@@ -107,7 +107,7 @@ def test_special_tokens_in_a_text_are_said(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     report = prepared(str(source), tokenizer).report
     assert report.spelled_out == {f"{source}:3": "</s>", f"{source}:4": "<pad>", f"{source}:5": "<s>"}
-    assert f"3 texts hold special tokens, read as those tokens (rows kept): {source}:3 (</s>)" in report.summary()
+    assert f"3 texts with special tokens, read as those tokens (rows kept): {source}:3 (</s>)" in report.summary()
     source.write_text(json.dumps({"messages": chat}) + "\n")
     assert prepared(str(source), tokenizer).report.spelled_out == {f"{source}:1": "</s>"}
 
