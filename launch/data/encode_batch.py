@@ -13,10 +13,10 @@ from launch.data.encode import Encoder
 from launch.data.examples.columns import Columns
 from launch.data.examples.formats import detect_format, to_example, used_columns
 from launch.data.examples.kinds import Example, TokenExample
-from launch.data.examples.rows import IGNORED, Row
+from launch.data.examples.rows import IGNORED
 from launch.data.examples.special_tokens import SpelledOut
 from launch.data.records import Note, Record, Rejected
-from launch.data.rows_file import as_batch
+from launch.data.rows_file import RowColumns
 
 DIGEST_BYTES = 16
 UNRECOGNISED = "unrecognised fields"
@@ -69,7 +69,7 @@ class BatchEncoder:
     def __call__(self, batch: Sequence[Record | Rejected | Note]) -> EncodedBatch:
         """Encode a batch. Raises DataError for what no row could be encoded with, such as a missing template."""
         outcomes: list[Kept | Rejected | Note] = []
-        rows: list[dict] = []
+        columns = RowColumns()
         digests = []
         found: set[str] = set()
         used: set[str] = set()
@@ -79,16 +79,16 @@ class BatchEncoder:
                 continue
             found.update(record.fields)
             try:
-                kept, row = self._row(record, used)
+                kept, ids, labels = self._row(record, used)
             except Reject as reject:
                 outcomes.append(Rejected.of(record.where, reject))
                 continue
             outcomes.append(kept)
-            rows.append(row | {"length": len(row["input_ids"]), "where": one_line(record.where)})
-            digests.append(row_digest(row))
-        return EncodedBatch(outcomes, as_batch(rows), b"".join(digests), frozenset(found), frozenset(used))
+            columns.add(ids, labels, one_line(record.where))
+            digests.append(row_digest(ids, labels))
+        return EncodedBatch(outcomes, columns.batch(), b"".join(digests), frozenset(found), frozenset(used))
 
-    def _row(self, record: Record, used: set[str]) -> tuple[Kept, Row]:
+    def _row(self, record: Record, used: set[str]) -> tuple[Kept, numpy.ndarray, numpy.ndarray]:
         """Encode a record, and add the columns that its format uses to `used`."""
         format, fields = self._recognised(record)
         used |= used_columns(format, self.columns)
@@ -99,12 +99,14 @@ class BatchEncoder:
             raise Reject("needs more memory than a row may use") from None
         except (Exception, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of a tokenizer in Rust
-            raise Reject("the tokenizer fails on the text", shortened(f"{type(error).__name__}: {error}")) from None
-        learned = sum(label != IGNORED for label in row["labels"][1:])
+        except BaseException as error:  # a panic of a library in Rust
+            raise Reject("cannot be encoded", shortened(f"{type(error).__name__}: {error}")) from None
+        ids, labels = (numpy.array(row[name], dtype=numpy.int32) for name in ("input_ids", "labels"))
+        learned = int((labels[1:] != IGNORED).sum())
         token = self._special.first(example) or ""
         stop = None if isinstance(example, TokenExample) else row["input_ids"][-1]
-        return Kept(record.where, format, learned, row["prompt_tokens_cut"], token, tuple(row["notes"]), stop), row
+        kept = Kept(record.where, format, learned, row["prompt_tokens_cut"], token, tuple(row["notes"]), stop)
+        return kept, ids, labels
 
     def example_of(self, record: Record) -> Example:
         """Return the example that a record stands for. Raises Reject for one that cannot be used."""
@@ -120,7 +122,8 @@ class BatchEncoder:
         return format, fields
 
 
-def row_digest(row: Row) -> bytes:
+def row_digest(ids: numpy.ndarray, labels: numpy.ndarray) -> bytes:
     """Return a hash of a row's tokens and labels."""
-    columns = numpy.array([row["input_ids"], row["labels"]], dtype=numpy.int32)
-    return hashlib.blake2b(columns.tobytes(), digest_size=DIGEST_BYTES).digest()
+    digest = hashlib.blake2b(ids.data, digest_size=DIGEST_BYTES)
+    digest.update(labels.data)
+    return digest.digest()

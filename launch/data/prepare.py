@@ -16,7 +16,7 @@ from launch.data.prepared import ROWS, SUMMARY, Summary, checksum
 from launch.data.progress import RowsProgress
 from launch.data.read import Source, Sources, batches
 from launch.data.records import DataError, DropReport, Note, Record, Rejected
-from launch.data.rows_file import RowsWriter, as_batch
+from launch.data.rows_file import RowColumns, RowsWriter
 from launch.data.statistics import Statistics
 from launch.data.workers import Workers
 
@@ -110,7 +110,7 @@ class _Rows:
                 self.report.left_out.append(outcome.text)
             else:
                 self._keep(outcome)
-        self.lengths.extend(batch.rows.column("length").to_pylist())
+        self.lengths.frombytes(batch.rows.column("length").to_numpy().tobytes())
         self.digests += batch.digests
         self.found |= batch.found
         self.used |= batch.used
@@ -173,4 +173,4 @@ def _lost(record: Record | Rejected | Note, reason: str) -> EncodedBatch:
     """Reject a row that ends the process that encodes it."""
     if isinstance(record, Record):
         record = Rejected(record.where, "ends the process that encodes it", reason)
-    return EncodedBatch([record], as_batch([]), b"")
+    return EncodedBatch([record], RowColumns().batch(), b"")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import datasets
+import numpy
 import pyarrow
 
 COLUMNS = datasets.Features(
@@ -51,10 +52,30 @@ class RowsWriter:
         self._count -= count
 
 
-def as_batch(rows: list[dict]) -> pyarrow.RecordBatch:
-    """Return rows, each with the columns' names as keys, as Arrow."""
-    columns = {name: [row[name] for row in rows] for name in COLUMNS}
-    return pyarrow.RecordBatch.from_pydict(columns, schema=COLUMNS.arrow_schema)
+class RowColumns:
+    """Rows of a batch on their way to Arrow."""
+
+    def __init__(self) -> None:
+        self._ids: list[numpy.ndarray] = []
+        self._labels: list[numpy.ndarray] = []
+        self._where: list[str] = []
+
+    def add(self, ids: numpy.ndarray, labels: numpy.ndarray, where: str) -> None:
+        """Add a row; `ids` and `labels` are int32 [length]."""
+        self._ids.append(ids)
+        self._labels.append(labels)
+        self._where.append(where)
+
+    def batch(self) -> pyarrow.RecordBatch:
+        lengths = numpy.array([len(ids) for ids in self._ids], dtype=numpy.int32)
+        ends = numpy.cumsum(lengths, dtype=numpy.int32)
+        offsets = pyarrow.array(numpy.concatenate([numpy.zeros(1, numpy.int32), ends]))
+        lists = [
+            pyarrow.ListArray.from_arrays(offsets, numpy.concatenate([numpy.zeros(0, numpy.int32), *rows]))
+            for rows in (self._ids, self._labels)
+        ]
+        where = pyarrow.array(self._where, pyarrow.string())
+        return pyarrow.RecordBatch.from_arrays([*lists, pyarrow.array(lengths), where], schema=COLUMNS.arrow_schema)
 
 
 def map_rows(path: Path) -> datasets.Dataset:

@@ -188,6 +188,7 @@ def _serve(call: Callable, pipe: Connection, others: list[Connection], parent: i
     _limit_memory()
     for other in others:
         other.close()
+    gc.disable()  # rows make thousands of tuples each, which live for no longer than the batch
     while True:
         try:
             batch = pipe.recv()
@@ -200,6 +201,7 @@ def _serve(call: Callable, pipe: Connection, others: list[Connection], parent: i
         except Exception:
             result = WorkerError(traceback.format_exc())
         pipe.send(result)
+        gc.collect()
 
 
 def _die_with(parent: int) -> None:
