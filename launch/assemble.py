@@ -112,7 +112,9 @@ def make_trainer(
             raise UserError("the best checkpoint is chosen by held-out rows, and there are none; give --eval_data")
         args.eval_strategy, args.eval_on_start, heldout = "no", False, None
     at_once = data_parallel * args.per_device_train_batch_size
-    train, sampler = training_split(data.train, args, facts["rows_a_step"], at_once, token_id, packed_length)
+    train, sampler = training_split(
+        data.train, args, facts["rows_a_step"], at_once, token_id, packed_length, data.sources, data.weights
+    )
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = load_model(options, tokenizer, dtype, args.seed)

@@ -4,6 +4,7 @@ A class of flags is a group of `--help`; `SftOptions` is all of them. A recipe's
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 
 from launch.common.errors import UserError
@@ -65,13 +66,24 @@ class DataFlags:
 
     _argument_group_name = "data"
 
-    data: str | None = field(
+    data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "JSONL, JSON, Parquet, CSV, a directory of them, or a hub name. "
+            "help": "JSONL, JSON, Parquet, CSV, directories of them, or hub names; rows of several are concatenated. "
             "Without it: docstrings of the Python standard library.",
             "metavar": "PATH|NAME",
+            "action": "extend",
         },
+    )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each --data in the rows of an epoch, which has as many rows as all of them together; "
+            "rows of a source come again, or in a later epoch (default: each row once).",
+        },
+    )
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Usable rows to take of each --data, from its beginning (default: all)."}
     )
     columns: list[str] | None = field(
         default=None,
@@ -103,6 +115,20 @@ class DataFlags:
         metadata={"help": "Put several rows into a sequence of --max_length tokens; no row attends to another."},
     )
     strict: bool = field(default=False, metadata={"help": "Stop at the first row that cannot be used."})
+    max_dropped: float = field(
+        default=0.2, metadata={"help": "Stop if more than this share of the rows cannot be used."}
+    )
+    data_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that prepare rows (default: one a core); 0: none beside the first rank's own."},
+    )
+    data_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory for prepared rows, which a later run finds there (default: in that of datasets).",
+            "metavar": "DIRECTORY",
+        },
+    )
     preview: int = field(
         default=0,
         metadata={"help": "Show so many rows, with what is learned of them, in an HTML page, and stop; 0: train."},
@@ -159,6 +185,8 @@ class SftOptions(RunFlags, ParallelismFlags, DataFlags, ModelFlags, LossFlags):
     """All options of this project."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str):
+            self.data = [self.data]
         if isinstance(self.model_config, str):
             self.model_config = _json_object(self.model_config, "--model_config")
         if isinstance(self.chat_template_kwargs, str):
@@ -186,6 +214,8 @@ def check_options(options: SftOptions) -> None:
         raise UserError(f"--samples must be at least 0, got {options.samples}")
     if options.max_length < 8:
         raise UserError(f"--max_length must be at least 8, got {options.max_length}")
+    if problem := _data_problem(options):
+        raise UserError(problem)
     column_names(options.columns)
     if options.chat_template not in (None, NONE):
         read_chat_template(options.chat_template)
@@ -199,6 +229,25 @@ def check_options(options: SftOptions) -> None:
         raise UserError(f"--stall_timeout must be at least 0 seconds, got {options.stall_timeout}")
     if options.offload and options.zero != 3:
         raise UserError(f"--offload goes with --zero 3, got --zero {options.zero}")
+
+
+def _data_problem(options: SftOptions) -> str | None:
+    weights, sources = options.data_weights, options.data or []
+    if weights and len(weights) != len(sources):
+        return f"--data_weights: expected {len(sources)}, one for each --data, got {len(weights)}"
+    if weights and not all(0 < weight < math.inf for weight in weights):
+        return f"--data_weights must be above 0, got {' '.join(map(str, weights))}"
+    if weights and options.packing:
+        return "--data_weights cannot be used with --packing: packed sequences hold each row once"
+    if len(set(sources)) < len(sources):
+        return f"--data names {max(sources, key=sources.count)} twice; use --data_weights to take a source more often"
+    if options.max_rows is not None and options.max_rows < 1:
+        return f"--max_rows must be at least 1, got {options.max_rows}"
+    if not 0.0 <= options.max_dropped <= 1.0:
+        return f"--max_dropped must lie in [0, 1], got {options.max_dropped}"
+    if options.data_workers is not None and options.data_workers < 0:
+        return f"--data_workers must be at least 0, got {options.data_workers}"
+    return None
 
 
 def _json_object(text: str, flag: str) -> dict:

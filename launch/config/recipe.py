@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "default.yaml"
 # of this machine or this run alone, secret, or an argument that is no value
-NOT_IN_A_RECIPE = {"recipe", "sanity", "preview", "output_dir", "use_cpu", "dataloader_pin_memory"}
+NOT_IN_A_RECIPE = {"recipe", "sanity", "preview", "output_dir", "use_cpu", "dataloader_pin_memory"} | {
+    "data_workers",
+    "data_cache",
+}
 # A recipe may come from somebody else. It never decides that a model's own code is run, or what leaves this machine.
 FLAGS_ONLY = ("trust_remote_code", "push_to_hub", "hub_token")
 

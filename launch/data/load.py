@@ -23,8 +23,9 @@ from launch.data.prepare import prepare
 from launch.data.prepared import EncodedData, damage, open_prepared
 from launch.data.preview.describe import describe_example
 from launch.data.read import Sources, sources_of
-from launch.data.records import DropReport
+from launch.data.records import DataError, DropReport
 from launch.data.tokenizer import describe_tokenizer, load_tokenizer, train_once
+from launch.data.weights import describe_epoch
 from launch.process.once import once_a_machine
 from launch.process.ranks import say
 
@@ -40,11 +41,9 @@ def load_data(options: SftOptions, day: date | None = None) -> tuple[PreTrainedT
     sources = run_sources(options)
     paths = json.loads(once_a_machine(lambda: json.dumps(_prepare(options, sources, day)), "preparing the data"))
     tokenizer = load_tokenizer(options, Path(paths["pieces"]) if paths["pieces"] else None)
-    data = open_prepared(Path(paths["rows"]))
-    if options.strict:
-        for rejected in data.report.rejections:
-            DropReport().reject(rejected, strict=True)
-    describe(data, paths["found"])
+    data = open_prepared(Path(paths["rows"]), options.data_weights)
+    check(data, options)
+    describe(data, options, paths["found"])
     say(describe_example(data.train[0], tokenizer))
     return tokenizer, data
 
@@ -64,7 +63,7 @@ def make_encoder(options: SftOptions, tokenizer, day: date | None = None) -> Bat
 
 def _prepare(options: SftOptions, sources: Sources, day: date | None) -> dict:
     """Return where the rows are, and the pieces of a tokenizer that was trained for them."""
-    cache = Cache(None)
+    cache = Cache(options.data_cache)
     pieces = train_once(options, cache, sources.train) if options.model is None else None
     tokenizer = load_tokenizer(options, pieces)
     day = day or date.today()
@@ -76,24 +75,54 @@ def _prepare(options: SftOptions, sources: Sources, day: date | None) -> dict:
         "chat template": [options.chat_template_kwargs, options.chat_template != NONE],
         "max_length": options.max_length,
         "day": day.isoformat() if encoder.encode.template.dated else None,
+        "max_rows": options.max_rows,
         "versions": [library.__version__ for library in (tokenizers, transformers, jinja2)],
     }
 
     def make(folder: Path) -> None:
-        prepare(sources, encoder, folder, len(os.sched_getaffinity(0)), options.strict)
+        workers = len(os.sched_getaffinity(0)) if options.data_workers is None else options.data_workers
+        prepare(sources, encoder, folder, workers, options.strict, options.max_rows)
 
     rows, found = cache.find_or_make(fingerprint(facts), damage, make)
     return {"rows": str(rows), "found": found, "pieces": pieces and str(pieces)}
 
 
-def describe(data: EncodedData, found: bool) -> None:
+def check(data: EncodedData, options: SftOptions) -> None:
+    """Raise DataError if more rows were dropped than the flags accept, or a source with a weight has none."""
+    report = data.report
+    if options.strict and report.rejections:
+        DropReport().reject(report.rejections[0], strict=True)
+    dropped, rows = report.dropped(), len(data.train) + len(data.heldout)
+    if dropped > options.max_dropped * (dropped + rows):
+        raise DataError(
+            f"{dropped:,} of {dropped + rows:,} rows cannot be used, more than a share of --max_dropped "
+            f"{options.max_dropped:g}; fix the rows named here, or raise it.\n{report.summary()}"
+        )
+    if options.data_weights:
+        for (name, _), rows_of_one in zip(data.summary.sources, data.sources, strict=True):
+            if not rows_of_one:
+                raise DataError(f"{name} has no rows to train on, so it can have no weight (--data_weights).")
+
+
+def describe(data: EncodedData, options: SftOptions, found: bool) -> None:
     """Print what there is to train on, and what was dropped."""
     summary = data.summary
     say(
         f"data: {counted(len(data.train), 'row')} to train on, {len(data.heldout):,} held out, format "
         f"{describe_formats(summary.formats)}" + (f"; from the cache, prepared {summary.prepared}" if found else "")
     )
-    for note in [summary.statistics.describe(), *summary.report.summary().splitlines()]:
+    report = summary.report
+    too_long = sum("max_length" in rejected.reason for rejected in report.rejections)
+    notes = [
+        f"{summary.statistics.describe()}; --max_length {options.max_length} dropped {too_long:,} rows and shortened "
+        f"{len(report.truncated):,}"
+    ]
+    names = [name for name, _ in summary.sources]
+    if options.data_weights:
+        notes += describe_epoch(names, data.sources, options.data_weights)
+    elif len(names) > 1:
+        notes += [f"{len(rows):,} rows of {name}" for name, rows in zip(names, data.sources, strict=True)]
+    for note in [*notes, *report.summary().splitlines()]:
         say(f"  {note}")
 
 

@@ -24,7 +24,13 @@ SMALLEST_SPLIT = 20
 
 
 def prepare(
-    sources: Sources, encoder: BatchEncoder, folder: Path, workers: int = 0, strict: bool = False, seed: int = 0
+    sources: Sources,
+    encoder: BatchEncoder,
+    folder: Path,
+    workers: int = 0,
+    strict: bool = False,
+    max_rows: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Write the rows of all sources, and a summary of them, into `folder`.
 
@@ -37,6 +43,7 @@ def prepare(
         folder: An empty folder.
         workers: Processes to encode in; 0 for this one.
         strict: Stop at the first row that cannot be used.
+        max_rows: Rows to take of each source that is not all held out; the rest of it is not read.
         seed: Draws the held-out rows.
 
     Raises:
@@ -48,7 +55,7 @@ def prepare(
         Workers(workers, encoder, _lost) as pool,
         RowsProgress("preparing rows") as progress,
     ):
-        counts = [rows.read(source, file, pool, progress) for source in sources.train]
+        counts = [rows.read(source, file, pool, progress, max_rows) for source in sources.train]
         count = len(rows.lengths)
         rows.require(count, encoder.columns)
         for source in sources.heldout:
@@ -93,13 +100,20 @@ class _Rows:
         self.stops: set[int] = set()
         self.lengths, self.learned, self.digests = array("i"), array("i"), bytearray()
 
-    def read(self, source: Source, file: RowsWriter, pool: Pool, progress: RowsProgress) -> int:
-        """Write the rows of a source; return their number."""
+    def read(
+        self, source: Source, file: RowsWriter, pool: Pool, progress: RowsProgress, most: int | None = None
+    ) -> int:
+        """Write the first `most` rows of a source, or all; return their number."""
         before = len(self.lengths)
         for batch in pool.map(batches(source.records())):
+            if most is not None:
+                batch = batch.first_rows(before + most - len(self.lengths))
             self._add(batch)
             file.add(batch.rows)
             progress.show(len(self.lengths), len(self.report))
+            if most is not None and len(self.lengths) == before + most:
+                self.report.left_out.append(f"{source.name}: its first {most:,} usable rows alone (--max_rows)")
+                break
         return len(self.lengths) - before
 
     def _add(self, batch: EncodedBatch) -> None:

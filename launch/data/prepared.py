@@ -1,6 +1,8 @@
 """Prepared rows: a folder of an Arrow file, which every rank maps, and a summary of what it was made from."""
 
+import hashlib
 import json
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,6 +64,7 @@ class EncodedData:
     train: datasets.Dataset
     heldout: datasets.Dataset
     summary: Summary
+    weights: list[float] | None = None  # of the sources (--data_weights)
 
     @property
     def report(self) -> DropReport:
@@ -69,7 +72,21 @@ class EncodedData:
 
     @property
     def digest(self) -> str:
-        return self.summary.digest
+        """The SHA-256 of what is trained on: the rows in order, and the weights of their sources."""
+        if self.weights is None:
+            return self.summary.digest
+        return hashlib.sha256(f"{self.summary.digest} {self.weights}".encode()).hexdigest()
+
+    @property
+    def sources(self) -> list[range]:
+        """The training rows of each source."""
+        heldout = sorted(self.summary.heldout)
+        ranges, first = [], 0
+        for _, count in self.summary.sources:
+            last = first + count
+            ranges.append(range(*(end - bisect_left(heldout, end) for end in (first, last))))
+            first = last
+        return ranges
 
 
 def checksum(folder: Path) -> str:
@@ -87,9 +104,9 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def open_prepared(folder: Path) -> EncodedData:
-    """Map the rows of a folder."""
+def open_prepared(folder: Path, weights: list[float] | None = None) -> EncodedData:
+    """Map the rows of a folder; `weights` are those of its sources."""
     summary, rows = Summary.from_json((folder / SUMMARY).read_text()), map_rows(folder / ROWS)
     heldout = set(summary.heldout)
     train = [index for index in range(len(rows)) if index not in heldout]
-    return EncodedData(rows.select(train), rows.select(summary.heldout), summary)
+    return EncodedData(rows.select(train), rows.select(summary.heldout), summary, weights)

@@ -43,13 +43,13 @@ class Sources:
         return [*([(source.name, source.fingerprint()) for source in part] for part in parts), self.fraction]
 
 
-def sources_of(data: str | None, eval_data: str | None = None, eval_fraction: float = 0.05) -> Sources:
+def sources_of(data: Sequence[str] | None, eval_data: str | None = None, eval_fraction: float = 0.05) -> Sources:
     """Return the sources that the flags of these names stand for. Raises DataError for an invalid fraction."""
     if not 0 <= eval_fraction < 1:
         raise DataError(f"Expected eval_fraction in [0, 1), got {eval_fraction}.")
     heldout = [] if eval_data is None else [_source(eval_data, held_out=True)]
     if data is not None:
-        return Sources([_source(data)], heldout, 0.0 if heldout else eval_fraction)
+        return Sources([_source(name) for name in data], heldout, 0.0 if heldout else eval_fraction)
     corpus = cache(docstring_corpus)
 
     def train() -> Records:

@@ -84,9 +84,9 @@ class DropReport:
 
     def summary(self, examples: int = 3) -> str:
         """Return a few lines of text: each reason with its count and its first rows."""
-        files = sum(rejected.whole_file for rejected in self.rejections)
+        files = len(self) - self.dropped()
         lines = [
-            f"{counted(len(self) - files, 'row')} dropped" + (f", {counted(files, 'file')} not read" if files else "")
+            f"{counted(self.dropped(), 'row')} dropped" + (f", {counted(files, 'file')} not read" if files else "")
         ]
         for reason, count in self.counts().most_common():
             rows = [r for r in self.rejections if r.reason == reason]
@@ -107,6 +107,10 @@ class DropReport:
         texts = [*map(str, self.rejections), *(f"{one_line(w)}: prompt shortened" for w in self.truncated)]
         texts += [one_line(f"{where}: holds {token}") for where, token in self.spelled_out.items()]
         return "".join(f"{text}\n" for text in texts)
+
+    def dropped(self) -> int:
+        """Count the dropped rows, without files."""
+        return sum(not rejected.whole_file for rejected in self.rejections)
 
     def __len__(self) -> int:
         return len(self.rejections)

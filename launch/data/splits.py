@@ -1,5 +1,6 @@
 """Both splits as Trainer reads them: packed or not, with blank rows at their end, and in which order."""
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import datasets
@@ -7,7 +8,8 @@ import datasets
 from launch.config.training_arguments import SftTrainingArguments
 from launch.data.blank_rows import fill_to_multiple
 from launch.data.packing import PackedRows, best_fit, row_lengths
-from launch.data.sampler import EpochSampler, grouped_by_length, in_order, shuffled
+from launch.data.sampler import EpochSampler, Order, grouped_by_length, in_order, shuffled
+from launch.data.weights import weighted
 from launch.process.ranks import say
 
 Split: TypeAlias = datasets.Dataset | PackedRows
@@ -20,6 +22,8 @@ def training_split(
     multiple: int,
     token_id: int,
     packed_length: int | None,
+    sources: Sequence[range] = (),
+    weights: Sequence[float] | None = None,
 ) -> tuple[Split, EpochSampler]:
     """Return the rows to train on, with blank rows at their end, and the order in which an epoch takes them.
 
@@ -33,6 +37,8 @@ def training_split(
         multiple: How many the ranks take at a time, a micro-batch each.
         token_id: What blank rows hold.
         packed_length: The tokens of a packed sequence; None for rows as they are.
+        sources: The rows of each source, for `weights`.
+        weights: The share of each source in the rows of an epoch; without them each row is taken once.
     """
     seed = args.seed if args.data_seed is None else args.data_seed
     multiple = 1 if args.dataloader_drop_last else multiple
@@ -41,10 +47,14 @@ def training_split(
         count = len(rows)
     else:
         split, count = _packed(rows, packed_length, multiple, token_id, seed)
-    if args.train_sampling_strategy == "group_by_length":
-        order = grouped_by_length(row_lengths(rows).tolist(), rows_a_step)
-    else:
-        order = in_order(count) if args.train_sampling_strategy == "sequential" else shuffled(count)
+
+    def arrange(taken: Sequence[int]) -> Order:
+        if args.train_sampling_strategy == "group_by_length":
+            lengths = row_lengths(rows)
+            return grouped_by_length([int(lengths[row]) for row in taken], rows_a_step)
+        return in_order(len(taken)) if args.train_sampling_strategy == "sequential" else shuffled(len(taken))
+
+    order = weighted(sources, weights, seed, arrange) if weights else arrange(range(count))
     kept = count - count % rows_a_step if args.dataloader_drop_last else count
     return split, EpochSampler(order, kept, range(count, len(split)), seed)
 

@@ -25,5 +25,5 @@ class Statistics:
     def describe(self) -> str:
         return (
             f"lengths: median {self.median:,}, 95 % {self.most:,}, longest {self.longest:,} tokens; "
-            f"{self.learned / self.tokens:.0%} of tokens are learned"
+            f"{100 * self.learned / self.tokens:.0f} % of tokens are learned"
         )

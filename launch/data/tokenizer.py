@@ -29,13 +29,14 @@ def train_once(options: SftOptions, cache: Cache, sources: Sequence[Source]) -> 
     columns = Columns(column_names(options.columns))
 
     def make(folder: Path) -> None:
-        pieces = learn_pieces(training_texts(sources, columns), options.tokenizer_size)
+        pieces = learn_pieces(training_texts(sources, columns, options.max_rows), options.tokenizer_size)
         (folder / PIECES).write_text(json.dumps(pieces))
 
     made_from = [(source.name, source.fingerprint()) for source in sources]
     facts = {
         "pieces of": made_from,
         "columns": columns.renamed,
+        "max_rows": options.max_rows,
         "size": options.tokenizer_size,
         "sentencepiece": sentencepiece.__version__,
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 
 from launch.common.errors import Reject
 from launch.data.examples.columns import Columns
@@ -11,19 +12,26 @@ from launch.data.read import Source
 from launch.data.records import DataError, Record
 
 
-def training_texts(sources: Iterable[Source], columns: Columns | None = None) -> Iterator[str]:
-    """Yield the texts of all rows, some of whose columns are read under other names.
+def training_texts(
+    sources: Iterable[Source], columns: Columns | None = None, most: int | None = None
+) -> Iterator[str]:
+    """Yield the texts of the first `most` rows of each source, or of all; some columns are read under other names.
 
     Raises DataError for rows that are tokenised already.
     """
     for source in sources:
-        for record in source.records():
-            if not isinstance(record, Record):
-                continue
-            fields = columns.rename(record.fields) if columns else record.fields
+        for texts in islice(_rows(source, columns or Columns()), most):
+            yield from texts
+
+
+def _rows(source: Source, columns: Columns) -> Iterator[list[str]]:
+    for record in source.records():
+        if not isinstance(record, Record):
+            continue
+        with suppress(Reject):  # which is counted when rows are encoded
+            fields = columns.rename(record.fields)
             if format := detect_format(fields):
-                with suppress(Reject):  # which is counted when rows are encoded
-                    yield from _texts(to_example(Record(fields, record.where), format))
+                yield list(_texts(to_example(Record(fields, record.where), format)))
 
 
 def _texts(example) -> Iterator[str]:

@@ -21,6 +21,7 @@ def prepared(
 ) -> EncodedData:
     """Return the rows of a source; `arguments` are those of `prepare`."""
     encoder = BatchEncoder(tokenizer, Encoder(tokenizer, max_length))
+    sources = sources_of(None if source is None else [source], eval_source, fraction)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(sources_of(source, eval_source, fraction), encoder, Path(folder), strict=strict, **arguments)
+        prepare(sources, encoder, Path(folder), strict=strict, **arguments)
         return open_prepared(Path(folder))

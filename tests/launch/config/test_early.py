@@ -32,7 +32,9 @@ def test_flags_are_those_of_the_parser():
         assert tuple(action.choices or ()) == flag.choices or not flag.choices
         assert (action.nargs == "+") <= flag.takes_several
         for kind in ("int", "float"):
-            assert (flag.kinds == {kind}) == (action.type in (int, float) and action.type.__name__ == kind), name
+            assert (flag.kinds in ({kind}, {f"list[{kind}]"})) == (
+                action.type in (int, float) and action.type.__name__ == kind
+            ), name
         assert (flag.kinds == {"bool"}) <= (action.nargs == 0 or action.type.__name__ == "string_to_bool")
 
 
@@ -63,7 +65,7 @@ MISTAKES = [
     (["--head", "round"], "--head must be one of fused, sharded, dense, got 'round'"),
     (["--zero", "4"], "--zero must be one of 0, 1, 2, 3, got '4'"),
     (["--max_steps"], "--max_steps needs a value"),
-    (["--data", "a.jsonl", "b.jsonl"], "'b.jsonl' follows no flag"),
+    (["--eval_data", "a.jsonl", "b.jsonl"], "'b.jsonl' follows no flag"),
     (["--smoothing", "2"], "--smoothing must lie in [0, 1], got 2.0"),
     (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0"),
     (["--label-smoothing-factor", "0.1"], "--smoothing is the only smoothing knob"),

@@ -73,7 +73,7 @@ def test_eval_source_without_usable_rows_is_an_error(tmp_path, tokenizer):
 @pytest.mark.parametrize("fraction", [-0.1, 1, float("nan")])
 def test_eval_fraction_out_of_range_is_an_error(fraction):
     with pytest.raises(DataError, match="eval_fraction"):
-        sources_of("a.jsonl", None, fraction)
+        sources_of(["a.jsonl"], None, fraction)
 
 
 def test_what_is_no_special_token_is_not_said():

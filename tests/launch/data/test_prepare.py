@@ -1,5 +1,6 @@
 """Preparation: the same file whatever the number of processes, rows that cannot be used, and the cache."""
 
+import faulthandler
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,13 @@ from launch.data.records import DataError, Note, Record, Rejected
 from launch.data.train_tokenizer import train_tokenizer
 from tests.support.data import prepared
 
-DEADLY = {50: os.abort, 130: lambda: os._exit(1)}
+
+def abort() -> None:
+    faulthandler.disable()  # pytest's, which would print the stack
+    os.abort()
+
+
+DEADLY = {51: abort, 130: lambda: os._exit(1)}
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +46,14 @@ def source(tmp_path) -> str:
 def written(source: str, folder: Path, tokenizer, workers: int, encode=None) -> tuple[bytes, Summary]:
     folder.mkdir()
     encoder = BatchEncoder(tokenizer, encode or Encoder(tokenizer, 200))
-    prepare.prepare(sources_of(source), encoder, folder, workers)
+    prepare.prepare(sources_of([source]), encoder, folder, workers)
     return (folder / ROWS).read_bytes(), Summary.from_json((folder / SUMMARY).read_text())
 
 
 def test_the_file_does_not_depend_on_processes_and_batches(tmp_path, tokenizer, source, monkeypatch):
     monkeypatch.setattr(rows_file, "ROWS_A_BATCH", 70)
     rows, summary = written(source, tmp_path / "0", tokenizer, 0)
-    assert {33, 1 + 7 * 3} <= {int(r.where.rpartition(":")[2]) - 1 for r in summary.report.rejections}
+    assert {7 * 3, 33} <= {int(r.where.rpartition(":")[2]) - 1 for r in summary.report.rejections}
     assert summary.report.truncated
     for count in (1, 3):
         again, other = written(source, tmp_path / str(count), tokenizer, count)
@@ -64,11 +71,11 @@ def test_a_row_that_ends_a_process_is_dropped_with_the_reason(tmp_path, tokenize
         DEADLY.get(int(example.where.rpartition(":")[2]), lambda: None)()
         return encode(example)
 
-    plain, before = written(source, tmp_path / "plain", tokenizer, 0)
+    _, before = written(source, tmp_path / "plain", tokenizer, 0)
     _, summary = written(source, tmp_path / "deadly", tokenizer, 2, deadly)
     lost = [r for r in summary.report.rejections if r not in before.report.rejections]
     assert [(r.where, r.detail) for r in lost] == [
-        (f"{source}:50", "ended by SIGABRT"),
+        (f"{source}:51", "ended by SIGABRT"),
         (f"{source}:130", "ended with exit code 1"),
     ]
     assert summary.sources[0][1] == before.sources[0][1] - 2
@@ -143,7 +150,7 @@ def test_rows_are_prepared_once(source, tmp_path, counted, capsys):
 CHANGES = {
     "max_length": {"max_length": 100},
     "eval_fraction": {"eval_fraction": 0.2},
-    "tokenizer_size": {"tokenizer_size": 290},
+    "tokenizer_size": {"tokenizer_size": 274},
     "max_rows": {"max_rows": 30},
 }
 
@@ -160,7 +167,7 @@ def test_rows_are_prepared_anew_for_another_option(source, tmp_path, counted, ch
 def test_rows_are_prepared_anew_from_another_file(source, tmp_path, counted):
     load_data(options(source, tmp_path))
     path = Path(source)
-    path.write_text(path.read_text().replace(" 399", " 398"))
+    path.write_text(path.read_text().replace(" 398", " 397"))
     load_data(options(source, tmp_path))
     assert len(counted) == 2
 
@@ -210,3 +217,48 @@ def test_strict_holds_for_the_cache_too(source, tmp_path):
     load_data(options(source, tmp_path))
     with pytest.raises(DataError, match=rf"^{source}:1: "):
         load_data(options(source, tmp_path, strict=True))
+
+
+def test_several_sources_are_concatenated_and_counted(source, tmp_path, tokenizer, capsys):
+    other = tmp_path / "b.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"{n} +", "completion": " 1"}) + "\n" for n in range(100)))
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = {"model": str(tmp_path / "model"), "data_cache": str(tmp_path / "cache"), "data_workers": 2}
+    _, data = load_data(SftOptions(data=[source, str(other)], data_weights=[1.0, 3.0], **flags))
+    first, second = data.sources
+    assert len(first) + len(second) == len(data.train) == 341 + 100 - len(data.heldout)
+    for rows, name in ((first, source), (second, str(other))):
+        assert {data.train[row]["where"].rpartition(":")[0] for row in rows} == {name}
+    assert f"  {round(len(data.train) * 0.75)} of {other}, which has {len(second)}" in capsys.readouterr().out
+    plain = load_data(SftOptions(data=[source, str(other)], **flags))[1]
+    assert plain.train[:] == data.train[:] and plain.digest != data.digest
+    assert f"{len(second)} rows of {other}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_max_rows_takes_the_first_usable_rows_of_each_source(source, tmp_path, tokenizer, workers):
+    """Whatever has been read ahead: neither rows nor rejections behind them count."""
+    data = prepared(source, tokenizer, fraction=0.0, max_rows=100, workers=workers)
+    assert data.train["where"][:] == prepared(source, tokenizer, fraction=0.0).train["where"][:100]
+    last = int(data.train["where"][-1].rpartition(":")[2])
+    assert max(int(r.where.rpartition(":")[2]) for r in data.report.rejections) < last
+    assert [note for note in data.report.left_out if "--max_rows" in note]
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.0, True), (0.14, True), (0.15, False), (1.0, False)])
+def test_too_many_dropped_rows_stop_the_run(source, tmp_path, share, stops):
+    """59 of 400 rows cannot be used. What was prepared is kept for the run with a higher limit."""
+    if not stops:
+        load_data(options(source, tmp_path, max_dropped=share))
+        return
+    with pytest.raises(DataError, match=r"(?s)59 of 400 rows .*--max_dropped.*58 x empty completion"):
+        load_data(options(source, tmp_path, max_dropped=share))
+    assert list((tmp_path / "cache").glob(f"*/{SUMMARY}"))
+
+
+def test_lengths_are_told(source, tmp_path, capsys):
+    load_data(options(source, tmp_path, max_length=100))
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "lengths:" in line]
+    assert "longest 100 tokens" in line and "% of tokens are learned; --max_length 100 dropped 0 rows" in line
+    assert not line.endswith(" 0")
