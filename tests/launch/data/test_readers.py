@@ -178,6 +178,11 @@ SHAPES = {  # content; the rows with their lines; the lines that are rejected wi
         [(1, A), (3, B), (4, C)],
         {2: "broken JSON"},
     ),
+    "a list in the first line that is broken": (
+        f'{{"prompt": "a", "sources": [{{"x": 1}}, {{"y": oh}}]}}\n{line(B)}',
+        [(2, B)],
+        {1: "broken JSON"},
+    ),
     "the last object lacks its end": (f"{line(A)}\n{indented(B)[:-2]}", [(1, A)], {2: "broken JSON"}),
     "something after an object": (f"{indented(A)} x\n{line(B)}", [(5, B)], {1: "broken JSON"}),
     "a key twice in an indented object": (
