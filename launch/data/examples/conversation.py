@@ -9,6 +9,7 @@ from launch.data.examples.render import ChatTemplate
 from launch.data.examples.rows import Row, labelled
 from launch.data.examples.spans import Rendered, render_with_spans
 from launch.data.examples.tokens import Tokens, tokenise
+from launch.data.examples.tool_calls import with_arguments_as_text
 from launch.data.records import DataError
 
 INSTRUCTIONS = ("system", "developer")  # the roles that stay when a conversation loses its first turns
@@ -59,7 +60,7 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
         content = example.messages[index].get("content")
         if isinstance(content, str) and tokenizer.eos_token in content.removesuffix(tokenizer.eos_token):
             raise Reject("completion holds the end token before its end")
-    rendered = render_with_spans(example, template)
+    rendered = _render(example, template)
     boundaries = sorted({edge for span in rendered.spans for edge in span})
     tokens = tokenise(rendered.text, tokenizer, boundaries)
     learned = [tokens.overlapping(*span, template.special) for span in rendered.spans]
@@ -77,6 +78,20 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
         stop = tokenizer.convert_ids_to_tokens(ids[-1])
         row["notes"].append(f"the answer ends with {stop}, where the tokenizer's EOS is {tokenizer.eos_token}")
     return row
+
+
+def _render(example: ChatExample, template: ChatTemplate) -> Rendered:
+    """Render a conversation, with the arguments of tools' calls as JSON text if the template takes no objects."""
+    try:
+        return render_with_spans(example, template)
+    except Reject as refusal:
+        texts = replace(example, messages=with_arguments_as_text(example.messages))
+        if texts == example:
+            raise
+        try:
+            return render_with_spans(texts, template)
+        except Reject:
+            raise refusal from None
 
 
 def _stops(rendered: Rendered, tokens: Tokens, learned: Sequence[slice], template: ChatTemplate) -> bool:

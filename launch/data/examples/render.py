@@ -74,10 +74,14 @@ class ChatTemplate:
         """Return whether the template marks what the assistant wrote."""
         return GENERATION.search(self._source(arguments)) is not None
 
+    def reads(self, name: str) -> bool:
+        """Return whether a variable's name stands in the template."""
+        return name in str(self.tokenizer.chat_template)
+
     @property
     def dated(self) -> bool:
         """Whether the template may print the date."""
-        return "strftime_now" in str(self.tokenizer.chat_template)
+        return self.reads("strftime_now")
 
     def prompt(self, messages: Messages, arguments: Mapping[str, Any]) -> str:
         """Return the text that the model answers, with the answer's header, which the model does not write."""

@@ -16,6 +16,8 @@ from launch.data.examples.kinds import ChatExample
 from launch.data.examples.render import ChatTemplate, Messages, Span
 
 WAY_OUT = "give --chat_template a template that marks answers with {% generation %}"
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+OTHER_TEMPLATE = "give --chat_template a template that does, or leave it out"
 # Two answers that share neither their first nor their last character, so that only their surroundings are alike.
 OTHER_ANSWERS = ("Qx0Z", "7jWk")
 
@@ -39,6 +41,8 @@ def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
     else:
         rendered = _unmarked(example, template)
     _check_tools(rendered, example)
+    if unread := [name for name in example.template_kwargs if not template.reads(name)]:
+        raise Reject(f"the chat template does not read {unread[0]}", OTHER_TEMPLATE)
     rendered.notes += _left_out(rendered.text, example)
     rendered.spans = [_one_stop(rendered.text, span, template) for span in rendered.spans]
     return rendered
@@ -186,8 +190,7 @@ def _check_tools(rendered: Rendered, example: ChatExample) -> None:
             function = tool.get("function", tool) if isinstance(tool, dict) else {}
             name = function.get("name") if isinstance(function, dict) else None
             if isinstance(name, str) and name not in text:
-                way_out = "give --chat_template a template that does, or leave them out"
-                raise Reject(f"the chat template does not write {what}", way_out)
+                raise Reject(f"the chat template does not write {what}", OTHER_TEMPLATE)
 
 
 def _left_out(text: str, example: ChatExample) -> list[str]:
@@ -203,7 +206,11 @@ def _left_out(text: str, example: ChatExample) -> list[str]:
         for message in example.messages
         if message["role"] in roles and _squeezed(message.get("content") or "") not in written
     }
-    return [f"the chat template leaves out or changes words of the role {role}" for role in sorted(lost)]
+    notes = [f"the chat template leaves out or changes words of the role {role}" for role in sorted(lost)]
+    thoughts = (message.get(name) for message in example.messages for name in THOUGHTS)
+    if any(isinstance(thought, str) and thought.strip() not in text for thought in thoughts):
+        notes.append("the chat template leaves out thoughts (reasoning_content)")
+    return notes
 
 
 def _holds(written: str, content: Any, template: ChatTemplate) -> bool:

@@ -4,6 +4,7 @@ In OpenAI's own files the arguments are JSON text. Few templates take that: most
 into the conversation, quoted a second time, or fail.
 """
 
+import json
 from typing import Any
 
 from launch.common.errors import Reject
@@ -19,6 +20,23 @@ def tool_calls(value: Any) -> list[dict[str, Any]]:
     calls = from_json(value, "a tool call") if isinstance(value, str) else value
     calls = calls if isinstance(calls, list) else [calls]
     return [_call(call) for call in calls]
+
+
+def with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages as OpenAI's files spell calls, for the few templates that take nothing else.
+
+    Arguments are JSON text, and a message of calls alone has no content.
+    """
+    return [_as_text(message) if message.get("tool_calls") else message for message in messages]
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"].get("arguments", {}))}}
+        for call in message["tool_calls"]
+    ]
+    content = {"content": message.get("content") or None}
+    return {**message, **content, "tool_calls": calls}
 
 
 def _call(call: Any) -> dict[str, Any]:

@@ -285,6 +285,24 @@ def test_calls_within_a_turn_whose_prompt_opens_a_thought():
     assert texts == ["<call>mul</call><|im_end|>", "</think>\n\nIt is 6.<|im_end|>"]
 
 
+def test_calls_for_a_template_that_takes_openais_spelling_alone():
+    """As DeepSeek V3's: arguments are text to be joined, and a message of calls has no content."""
+    template = CHATML.replace(
+        "(m.content or '')",
+        "(m.tool_calls[0].function.name + m.tool_calls[0].function.arguments if m.content is none else m.content)",
+    )
+    tokenizer = byte_level("<|im_end|>", template=template)
+    function = {"name": "mul", "arguments": {"a": 2}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    example = ChatExample([{"role": "user", "content": "2*3?"}, call], "f:1", (1,))
+    assert learned_texts(encode(example, tokenizer, 256), tokenizer) == ['mul{"a": 2}<|im_end|>']
+
+
+def test_variables_of_a_row_that_a_template_never_reads_are_refused():
+    with pytest.raises(Reject, match="does not read documents"):
+        encode(chat(TURNS[:2], documents=[{"title": "a", "text": "b"}]), byte_level("<|im_end|>"), 256)
+
+
 def test_what_a_template_leaves_out_is_refused_or_noted():
     tokenizer = byte_level("<|im_end|>")
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "mul"}}]}
@@ -299,6 +317,10 @@ def test_what_a_template_leaves_out_is_refused_or_noted():
     )
     row = encode(chat([("system", "Be kind."), *TURNS[:2]]), silent, 256)
     assert row["notes"] == ["the chat template leaves out or changes words of the role system"]
+    thought = chat(TURNS[:2])
+    thought.messages[1]["reasoning_content"] = "Let me see."
+    notes = encode(thought, byte_level("<|im_end|>"), 256)["notes"]
+    assert notes == ["the chat template leaves out thoughts (reasoning_content)"]
 
 
 @pytest.mark.parametrize("answer", [" 4", "\n4"])
