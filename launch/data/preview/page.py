@@ -26,7 +26,7 @@ class Section:
 
 
 def page(title: str, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
-    """Return the page."""
+    """Return the page. What there is to say of all rows that were kept is said once, at its top."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -34,7 +34,9 @@ def page(title: str, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
     environment.filters |= {function.__name__: function for function in filters}
     template = environment.get_template("page.html")
     shown = [section for section in sections if section.rows]
-    return template.render(title=title, facts=facts, sections=shown)
+    kept = [row for section in shown for row in section.rows if row.input_ids]
+    notes = [note for note in kept[0].notes if len(kept) > 1 and all(note in row.notes for row in kept)]
+    return template.render(title=title, facts=facts, sections=shown, notes=notes)
 
 
 def hint(piece: Piece) -> str:

@@ -335,6 +335,14 @@ def test_texts_in_html_read_as_they_are():
         assert stripped(str(visible(text))) == text
 
 
+def test_what_holds_for_all_rows_is_said_once(tmp_path):
+    rows = [{"messages": [user("one"), assistant("two")]}] * 3
+    page, _ = preview(tmp_path, rows, byte_level("<|endoftext|>"))
+    assert page.count("the answer ends with") == 1 < page.index("the answer ends with") < page.index("<main>")
+    page, _ = preview(tmp_path, [*rows, {"prompt": "one", "completion": "two"}], byte_level("<|endoftext|>"))
+    assert page.count("the answer ends with") == 3 and page.index("<main>") < page.index("the answer ends with")
+
+
 def test_a_page_tells_kinds_apart_without_colours(tmp_path):
     rows = [{"messages": [user("one"), assistant("two"), user("yes")]}]
     page, _ = preview(tmp_path, rows, byte_level("<|im_end|>"))
