@@ -28,7 +28,7 @@ def facts(data: EncodedData, encoder: Encoder, shown: Sequence[ShownRow]) -> lis
     stop = encoder.template.end_of_turn if tokenizer.chat_template else None
     return [
         Fact("rows to train on", f"{len(data.train):,}", f"{len(data.heldout):,} held out"),
-        Fact("dropped", f"{len(report):,}", f"{len(report.truncated):,} shortened to --max_length"),
+        Fact("dropped", f"{report.dropped():,}", f"{len(report.truncated):,} shortened to --max_length"),
         Fact("median length", f"{statistics.median:,}", "tokens"),
         Fact("longest", f"{statistics.longest:,}", f"95 % up to {statistics.most:,}"),
         Fact("learned", f"{statistics.learned / statistics.tokens:.0%}", f"of {statistics.tokens:,} tokens"),

@@ -64,7 +64,7 @@ def preview(folder: Path, rows: list, tokenizer, count=10, seed=0, max_length=64
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = prepared(str(source), tokenizer, max_length, **options)
     encoder = BatchEncoder(tokenizer, Encoder(tokenizer, max_length))
-    page, lines = write_preview(folder / "out", data, encoder, sources_of(str(source)), count, seed)
+    page, lines = write_preview(folder / "out", data, encoder, sources_of([str(source)]), count, seed)
     return page.read_text("utf-8"), [json.loads(line) for line in lines.read_text("utf-8").split("\n")[:-1]]
 
 
@@ -180,6 +180,20 @@ def test_pieces_are_the_text_and_every_token_once(name, text):
     for piece in pieces:
         kinds = {Kind.READ if row["labels"][token.position] == -100 else Kind.LEARNED for token in piece.tokens}
         assert kinds == {piece.kind}
+
+
+def test_tokens_of_one_character_are_one_piece():
+    tokenizer = byte_level("<|im_end|>")
+    row = Encoder(tokenizer, 64)(TextExample("a😀", "b", "f:1"))
+    tokens = tokens_of(row["input_ids"], tokenizer)
+    for text, spans in [(row["text"], row["spans"]), decoded(row["input_ids"], tokenizer)]:
+        pieces = pieces_of(tokens, row["labels"], text, spans)
+        assert [(piece.shown, len(piece.tokens)) for piece in pieces] == [
+            ("a", 1),
+            ("😀", 4),
+            ("b", 1),
+            ("<|im_end|>", 1),
+        ]
 
 
 def test_what_no_token_stands_for_is_dropped():
@@ -362,7 +376,7 @@ def folder(tmp_path_factory) -> Path:
     """Data, and a model of which only the tokenizer is there."""
     folder = tmp_path_factory.mktemp("preview")
     byte_level("<|im_end|>").save_pretrained(folder / "model")
-    rows = [{"question": f"one {n}", "answer": "two " * (1 + n % 5)} for n in range(40)]
+    rows = [{"question": f"one {n}", "answer": "two " * (1 + n % 5)} for n in range(40)] + [{"question": "one"}] * 20
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -373,6 +387,7 @@ def test_a_start_loads_no_model_and_claims_no_run(folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("preview: runs/preview/preview.html and preview.jsonl")
+    assert "a run would stop: 20 of 60 rows" in done.stdout  # --max_dropped 0.2
     written = folder / "runs" / "preview"
     assert [path.name for path in (folder / "runs").iterdir()] == ["preview"]
     assert sorted(path.name for path in written.iterdir()) == [PREVIEW_HTML, PREVIEW_JSONL]
