@@ -257,8 +257,8 @@ def test_rows_are_drawn_from_all_by_seed(tmp_path):
     assert [line["where"] for line in first[1]] != [line["where"] for line in other[1]]
     numbers = [int(line["where"].rpartition(":")[2]) for line in first[1][:10]]
     assert len(set(numbers)) == 10 and numbers == sorted(numbers) and numbers[-1] > 100
-    longest = max(prepared(str(tmp_path / "rows.jsonl"), tokenizer).train["length"])
-    assert len(first[1]) in (10, 11) and max(len(line["input_ids"]) for line in first[1]) == longest
+    _, lines = preview(tmp_path, [*many(100), {"prompt": "0" * 40, "completion": "1"}, *many(99)], tokenizer, 5)
+    assert len(lines) == 6 and lines[5]["where"].endswith(":101")  # the longest
     assert len(preview(tmp_path, many(30), tokenizer, count=99, fraction=0)[1]) == 30
 
 
