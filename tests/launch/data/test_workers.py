@@ -112,17 +112,20 @@ def test_no_process_is_left(tmp_path):
             os.kill(pid, 0)
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path):
-    """However that ends: here by SIGKILL."""
+def test_workers_end_with_the_process_that_started_them():
+    """However that ends, here by SIGKILL, and whatever they are at."""
     reading, writing = os.pipe()
+
+    def call(batch):
+        os.write(writing, f"{os.getpid()}\n".encode())
+        time.sleep(60)
+
     child = os.fork()
     if child == 0:
-        pool = Workers(1, lambda batch: [os.getpid()], None)
-        (pid,) = next(pool.map([[1], [2]]))
-        os.write(writing, f"{pid}\n".encode())
-        os.kill(os.getpid(), 9)
-    os.waitpid(child, 0)
+        next(Workers(1, call, None).map([[1]]))
     worker = int(os.read(reading, 20))
+    os.kill(child, 9)
+    os.waitpid(child, 0)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
