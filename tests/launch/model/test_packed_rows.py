@@ -1,6 +1,7 @@
 """Packed rows: which models keep them apart, and that losses and gradients are those of the same rows alone."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import (
     modeling_flash_attention_utils,
 )
 
+from launch.assemble import check_arguments
+from launch.common.errors import UserError
 from launch.config.options import SftOptions
 from launch.data.batches import PadToLongest
 from launch.data.examples.rows import IGNORED
@@ -147,6 +150,18 @@ def test_routers_whose_loss_counts_padding_are_refused():
         model_of("mixtral", output_router_logits=True)
     )
     assert packing_problem(model_of("mixtral")) is None
+
+
+def test_grouping_packed_sequences_by_length_is_refused():
+    args = SimpleNamespace(
+        hf_deepspeed_config=SimpleNamespace(mismatches=[]),
+        save_strategy="steps",
+        eval_strategy="no",
+        accelerator_config=SimpleNamespace(use_seedable_sampler=True, split_batches=False, dispatch_batches=None),
+        train_sampling_strategy="group_by_length",
+    )
+    with pytest.raises(UserError, match="group_by_length does nothing for --packing"):
+        check_arguments(SftOptions(packing=True), args)
 
 
 def test_nothing_of_the_model_is_changed():
