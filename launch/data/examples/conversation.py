@@ -58,8 +58,10 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
     tokenizer = template.tokenizer
     for index in example.learned:
         content = example.messages[index].get("content")
-        if isinstance(content, str) and tokenizer.eos_token in content.removesuffix(tokenizer.eos_token):
-            raise Reject("completion holds the end token before its end")
+        if not isinstance(content, str):
+            continue
+        if stop := next((stop for stop in template.stops if stop in content.rstrip().removesuffix(stop)), None):
+            raise Reject("completion holds the end token before its end", stop)
     rendered = _render(example, template)
     boundaries = sorted({edge for span in rendered.spans for edge in span})
     tokens = tokenise(rendered.text, tokenizer, boundaries)

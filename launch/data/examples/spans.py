@@ -6,6 +6,7 @@ write earlier turns differently once others follow are asked again, with other w
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -45,6 +46,7 @@ def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
         raise Reject(f"the chat template does not read {unread[0]}", OTHER_TEMPLATE)
     rendered.notes += _left_out(rendered.text, example)
     rendered.spans = [_one_stop(rendered.text, span, template) for span in rendered.spans]
+    _check_alone(rendered, example, template)
     return rendered
 
 
@@ -53,18 +55,27 @@ def _marked(example: ChatExample, template: ChatTemplate) -> Rendered:
     answers = [index for index, message in enumerate(example.messages) if message["role"] == "assistant"]
     if not marks:
         raise Reject("the chat template marks no answer", "its {% generation %} holds none of this conversation")
-    paired = zip(answers, marks, strict=True) if len(marks) == len(answers) else None
     for index in example.learned:
         content = example.messages[index].get("content")
         if not any(_holds(text[start:end], content, template) for start, end in marks):
             raise Reject("the chat template's {% generation %} marks do not hold the answers", WAY_OUT)
+    marks = [_without_header(text, mark, template) for mark in marks]
     if len(example.learned) == len(answers):
         return Rendered(text, marks)
-    if paired is not None:
-        return Rendered(text, [mark for index, mark in paired if index in example.learned])
+    if len(marks) == len(answers):
+        return Rendered(text, [mark for index, mark in zip(answers, marks, strict=True) if index in example.learned])
     unlearned = tuple(index for index in answers if index not in example.learned)
     skipped = [_unmarked_span(index, text, example, template)[0] for index in unlearned]
-    return Rendered(text, [mark for mark in marks if not any(_overlap(mark, span) for span in skipped)])
+    words = [(start, end) for start, end in marks if template.special.sub("", text[start:end]).strip()]
+    return Rendered(text, [mark for mark in words if not any(_overlap(mark, span) for span in skipped)])
+
+
+def _without_header(text: str, mark: Span, template: ChatTemplate) -> Span:
+    """Return a mark without the part of an answer's header that it holds: the model does not write that."""
+    start, end = mark
+    header = template.answer_header
+    place = text.find(header, max(0, start - len(header)), start + len(header)) if header else -1
+    return (max(start, place + len(header)), end) if start < place + len(header) < end else mark
 
 
 def _unmarked(example: ChatExample, template: ChatTemplate) -> Rendered:
@@ -186,11 +197,24 @@ def _check_tools(rendered: Rendered, example: ChatExample) -> None:
     calls = [call for index in example.learned for call in example.messages[index].get("tool_calls") or []]
     tools = example.template_kwargs.get("tools") or []
     for what, listed, text in (("tool calls", calls, learned), ("tools", tools, rendered.text)):
-        for tool in listed:
-            function = tool.get("function", tool) if isinstance(tool, dict) else {}
-            name = function.get("name") if isinstance(function, dict) else None
-            if isinstance(name, str) and name not in text:
+        functions = [tool.get("function", tool) for tool in listed if isinstance(tool, dict)]
+        names = Counter(function.get("name") for function in functions if isinstance(function, dict))
+        for name, count in names.items():
+            if isinstance(name, str) and text.count(name) < count:
                 raise Reject(f"the chat template does not write {what}", OTHER_TEMPLATE)
+
+
+def _check_alone(rendered: Rendered, example: ChatExample, template: ChatTemplate) -> None:
+    """Raise Reject where words of others stand in an answer: a tool's result may stand in the turn of its call."""
+    if not any(message.get("tool_calls") for message in example.messages):
+        return
+    others = [
+        message if message["role"] == "assistant" else {**message, "content": OTHER_ANSWERS[0]}
+        for message in example.messages
+    ]
+    written = _or_none(template.render, others, example.template_kwargs)
+    if written is not None and not all(rendered.text[start:end] in written for start, end in rendered.spans):
+        raise Reject("the chat template writes words of another role into an answer", WAY_OUT)
 
 
 def _left_out(text: str, example: ChatExample) -> list[str]:

@@ -303,6 +303,55 @@ def test_variables_of_a_row_that_a_template_never_reads_are_refused():
         encode(chat(TURNS[:2], documents=[{"title": "a", "text": "b"}]), byte_level("<|im_end|>"), 256)
 
 
+def test_a_result_of_a_tool_within_the_turn_of_its_call():
+    """As gpt-oss's without marks: the call, its result and the words after it are one turn."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '[' + m.content + ']<|im_end|>\n' }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ '<|im_end|>\n' }}{% endif %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    function = {"type": "function", "function": {"name": "mul"}}
+    call = {"role": "assistant", "content": "I see.", "tool_calls": [function]}
+    messages = [{"role": "user", "content": "2*3?"}, call, {"role": "tool", "content": "six"}]
+    example = ChatExample([*messages, {"role": "assistant", "content": "It is 6."}], "f:1", (1, 3))
+    texts = learned_texts(encode(example, byte_level("<|im_end|>", template=template), 256), byte_level("<|im_end|>"))
+    assert texts == ["I see.mul", "It is 6.<|im_end|>"]
+    opened = template.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    with pytest.raises(Reject, match="words of another role into an answer"):
+        encode(example, byte_level("<|im_end|>", template=opened), 256)
+
+
+def test_calls_of_one_tool_are_counted():
+    template = CHATML.replace("(m.content or '')", "(m.tool_calls[0].function.name if m.tool_calls else m.content)")
+    function = {"type": "function", "function": {"name": "mul"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [function, function]}
+    with pytest.raises(Reject, match="does not write tool calls"):
+        encode(
+            ChatExample([{"role": "user", "content": "?"}, call], "f:1", (1,)),
+            byte_level("<|im_end|>", template=template),
+            99,
+        )
+
+
+@pytest.mark.parametrize("answer", ["yes<|im_end|>no", "yes<|im_end|>\n<|im_start|>user\nno"])
+def test_an_answer_that_holds_an_end_of_turn_is_refused(answer):
+    with pytest.raises(Reject, match="holds the end token before its end"):
+        encode(chat([("user", "Hi"), ("assistant", answer)]), byte_level("<|endoftext|>"), 256)
+
+
+def test_marks_that_hold_a_second_stop_or_the_header():
+    end = "{{ '<|im_end|>\n' + ('<|endoftext|>' if loop.last else '') }}"
+    template = HEADER + MARKED % ("{{ m.content }}" + end, TURN) + "{% endfor %}" + OPEN
+    tokenizer = byte_level("<|endoftext|>", template=template)
+    assert stripped(encode(chat(TURNS[:4]), tokenizer, 256), tokenizer) == ["Hello.<|im_end|>", "4<|im_end|>"]
+    assert stripped(encode(chat(TURNS[:4], (1,)), tokenizer, 256), tokenizer) == ["Hello.<|im_end|>"]
+    turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    template = "{% for m in messages %}" + MARKED % (turn, turn) + "{% endfor %}" + OPEN
+    tokenizer = byte_level("<|im_end|>", template=template)
+    assert learned_texts(encode(chat(TURNS[:4]), tokenizer, 256), tokenizer) == ["Hello.<|im_end|>", "4<|im_end|>"]
+
+
 def test_what_a_template_leaves_out_is_refused_or_noted():
     tokenizer = byte_level("<|im_end|>")
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "mul"}}]}
