@@ -118,6 +118,27 @@ def keep_fp32_grad_norm(engine) -> None:
     engine.clip_fp32_gradients = clip
 
 
+def consolidate_buffers(engine) -> None:
+    """Put persistent buffers into an engine's consolidated state, which exports and checkpoints' models are made of.
+
+    DeepSpeed 0.19.8 takes parameters only under tensor parallelism with ZeRO 0 to 2
+    (`_replace_module_consolidated_state_dict`), so that the biases of DeepSeek-V3's routers would be missing. Every
+    rank holds all of a buffer. Upstream: none found. Test: `test_deepspeed_consolidates_no_buffers`.
+    """
+    consolidated = engine._replace_module_consolidated_state_dict
+
+    def with_buffers():
+        state = consolidated()
+        if state is not None:
+            for prefix, module in engine.module.named_modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if name not in module._non_persistent_buffers_set:
+                        state.setdefault(f"{prefix}.{name}" if prefix else name, buffer.detach().cpu())
+        return state
+
+    engine._replace_module_consolidated_state_dict = with_buffers
+
+
 def place_step_counts(optimizer: Optimizer) -> None:
     """Move a fused optimizer's step counts to the devices of their parameters, after a checkpoint is loaded.
 

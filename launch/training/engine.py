@@ -4,7 +4,12 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
-from launch.common.library_patches import follow_this_schedule, keep_fp32_grad_norm, place_step_counts
+from launch.common.library_patches import (
+    consolidate_buffers,
+    follow_this_schedule,
+    keep_fp32_grad_norm,
+    place_step_counts,
+)
 from launch.common.paths import CHECKPOINT
 from launch.data.sampler import EpochSampler
 from launch.process.ranks import from_main
@@ -21,6 +26,7 @@ class EngineReady(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         engine = self.trainer.deepspeed
+        consolidate_buffers(engine)
         if engine.zero_optimization_stage() == 0:
             keep_fp32_grad_norm(engine)
         if state.global_step:  # a checkpoint was loaded

@@ -116,6 +116,19 @@ def test_a_norm_that_is_not_finite_leaves_the_step_out(plain_norm):
     assert engine.optimizer.overflow and engine.module.weight.grad is None
 
 
+def test_deepspeed_consolidates_no_buffers():
+    assert "buffer" not in inspect.getsource(DeepSpeedEngine._replace_module_consolidated_state_dict)
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    module[0].register_buffer("scratch", torch.zeros(1), persistent=False)
+    for states in ({"0.weight": torch.ones(2)}, None):  # on rank 0, on the others
+        engine = SimpleNamespace(module=module, _replace_module_consolidated_state_dict=lambda states=states: states)
+        patches.consolidate_buffers(engine)
+        state = engine._replace_module_consolidated_state_dict()
+        assert (state is None) == (states is None)
+        if state is not None:
+            assert state.keys() == {"0.weight", "0.running_mean", "0.running_var", "0.num_batches_tracked"}
+
+
 def test_deepspeed_loads_step_counts_to_where_they_were_saved():
     source = inspect.getsource(universal_checkpoint.load_hp_checkpoint_state)
     assert "step = ckpt_dict" in source and ".to(" not in source
