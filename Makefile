@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sanity check test torture fuzz bench bench-gpu docs lint format clean
+.PHONY: help setup train sanity check test kinds torture fuzz bench bench-gpu docs lint format clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -32,6 +32,9 @@ check: setup ## Run the tests that start no run, under four minutes on two cores
 test: setup ## Run all tests, those of runs in one of two workers
 	pytest -n 2 --no-loadscope-reorder $(ARGS)
 
+kinds: setup ## Train every kind of model on two tensor-parallel ranks and on one process, and compare
+	ALL_KINDS=1 pytest tests/runs/test_tensor_parallel.py $(ARGS)
+
 torture: setup ## Kill runs fifty times at random moments and compare their weights (ARGS="--kills 50")
 	python -m tests.runs.torture $(ARGS)
 
@@ -49,8 +52,9 @@ bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS),
 	python benchmarks/gpu.py $(ARGS)
 	python benchmarks/gpu_training.py $(TRAIN_ARGS)
 
-docs: setup ## Write docs/api.md from the docstrings
+docs: setup ## Write docs/api.md from the docstrings, and docs/tensor-parallelism.md from the splits
 	python -m docs.generate_api
+	python -m docs.generate_tensor_parallelism
 
 lint: setup ## Check style and types
 	ruff check

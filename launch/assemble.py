@@ -19,6 +19,7 @@ from launch.data.sampler import EpochSampler
 from launch.data.splits import Split, heldout_split, training_split
 from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
+from launch.model.tensor_parallel.apply import split_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, world_size
 from launch.process.rendezvous import rendezvous
@@ -118,6 +119,8 @@ def make_trainer(
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = load_model(options, tokenizer, dtype, args.seed)
+    if options.tp > 1:
+        split_model(model, args.hf_deepspeed_config.config["tensor_parallel"])
     if options.packing and (problem := packing_problem(model)):
         raise UserError(problem)
     pad = PadToLongest(tokenizer.pad_token_id)

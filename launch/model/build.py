@@ -24,6 +24,7 @@ from launch.common.library_patches import weightless
 from launch.common.messages import did_you_mean, error_line
 from launch.common.units import GIB
 from launch.config.options import SftOptions
+from launch.model.tensor_parallel.problem import split_problem
 from launch.process.ranks import world_size
 
 SIZES = (
@@ -53,7 +54,7 @@ def build_model(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -
         config = AutoConfig.for_model(given["model_type"], **values)
         _check_keys(given, config_class)
         _check_heads(config)
-        _check_memory(config, dtype)
+        _check_weightless(config, dtype, options.tp)
         torch.manual_seed(seed)
         if not is_deepspeed_zero3_enabled():
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -120,10 +121,12 @@ def _check_heads(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Build the model without weights, which finds most errors, and compare its size with this machine's memory."""
+def _check_weightless(config: PreTrainedConfig, dtype: torch.dtype, tp: int) -> None:
+    """Build the model without weights, which finds most errors; refuse what `tp` ranks or memory cannot hold."""
     with weightless():
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    if tp > 1 and (problem := split_problem(model, tp)):
+        raise UserError(problem)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     available = psutil.virtual_memory().total
     if needed > available * (world_size() if is_deepspeed_zero3_enabled() else 1):

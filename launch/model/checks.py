@@ -9,10 +9,9 @@ from launch.process.ranks import say
 
 
 def check_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SftOptions) -> None:
-    """Raise `UserError` if the model looks ahead, or does not fit --max_length, --tp or the tokenizer."""
+    """Raise `UserError` if the model looks ahead, or does not fit --max_length or the tokenizer."""
     _check_causal(model.config)
     _check_length(model.config, options.max_length)
-    _check_split(model.config, options.tp)
     _check_vocabulary(model.config, tokenizer)
     _check_generation(model)
 
@@ -62,13 +61,6 @@ def _positions(config: PreTrainedConfig) -> int | None:
         if isinstance(scaling, dict) and isinstance(factor := scaling.get("factor"), int | float):
             limit = max(limit, int(factor * (scaling.get("original_max_position_embeddings") or limit)))
     return limit
-
-
-def _check_split(config: PreTrainedConfig, tp: int) -> None:
-    """Refuse more ranks than attention heads; the heads may be split unevenly."""
-    heads = getattr(config.get_text_config(), "num_attention_heads", None)
-    if heads is not None and tp > heads:
-        raise UserError(f"--tp {tp} is more than the model's {heads} attention heads; use at most {heads}")
 
 
 def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

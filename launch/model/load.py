@@ -4,18 +4,20 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from launch.common.errors import UserError
-from launch.common.library_patches import without_tensor_parallel
+from launch.common.library_patches import weightless, without_tensor_parallel
 from launch.common.messages import error_line, typed_error_line
 from launch.config.options import SftOptions
 from launch.data.tokenizer import check_model_path
 from launch.model.build import build_model
 from launch.model.checks import check_loaded, check_trainable
+from launch.model.tensor_parallel.problem import split_problem
 from launch.process.exit import has_one_line
 from smoothing.install import causal_lm, check_model
 
@@ -39,6 +41,8 @@ def load_model(
 def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     check_model_path(options.model)
     try:
+        if options.tp > 1:
+            _check_split(options)
         with without_tensor_parallel():
             model, found = AutoModelForCausalLM.from_pretrained(
                 options.model,
@@ -56,3 +60,13 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"--model {options.model} could not be loaded: {typed_error_line(error)}") from None
     check_loaded(options.model, found)
     return model
+
+
+def _check_split(options: SftOptions) -> None:
+    """Raise `UserError` if the model cannot be split over the ranks, before its weights are loaded."""
+    code = {"trust_remote_code": options.trust_remote_code}
+    config = AutoConfig.from_pretrained(options.model, **code)
+    with weightless():
+        model = AutoModelForCausalLM.from_config(config, **code)
+    if problem := split_problem(model, options.tp):
+        raise UserError(problem)
