@@ -9,6 +9,7 @@ import pytest
 
 import smoothing
 from docs.generate_api import PUBLIC, api
+from docs.generate_tensor_parallelism import document as splits
 from launch.config.options import SftOptions
 from launch.config.training_arguments import SftTrainingArguments
 
@@ -136,6 +137,10 @@ def test_python_blocks_compile_and_import_what_is_there(document):
 
 def test_the_api_is_what_the_docstrings_say():
     assert (ROOT / "docs" / "api.md").read_text() == api(), "run `make docs`"
+
+
+def test_the_splits_are_those_of_the_kinds():
+    assert (ROOT / "docs" / "tensor-parallelism.md").read_text() == splits(), "run `make docs`"
 
 
 def test_the_api_has_every_public_name():
