@@ -105,6 +105,12 @@ class ChatTemplate:
         return self._turn.header
 
     @cached_property
+    def special_tail(self) -> re.Pattern:
+        """Finds the special tokens, with blanks between and behind them, that a text ends with."""
+        special = f"(?:{self.special.pattern})"
+        return re.compile(rf"{special}(?:\s*{special})*\s*\Z")
+
+    @cached_property
     def stops(self) -> frozenset[str]:
         """The tokens that end an answer: the template's ends of turn, and EOS."""
         return frozenset(filter(None, (self._turn.stop, self._turn.inner_stop, self.tokenizer.eos_token)))

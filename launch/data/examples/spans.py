@@ -5,31 +5,23 @@ adds between the conversation up to it, with a generation prompt, and the conver
 write earlier turns differently once others follow are asked again, with other words in the answer's place.
 """
 
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from launch.common.errors import Reject
 from launch.data.examples.kinds import ChatExample
-from launch.data.examples.render import ChatTemplate, Messages, Span
-
-WAY_OUT = "give --chat_template a template that marks answers with {% generation %}"
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-OTHER_TEMPLATE = "give --chat_template a template that does, or leave it out"
-# Two answers that share neither their first nor their last character, so that only their surroundings are alike.
-OTHER_ANSWERS = ("Qx0Z", "7jWk")
-
-
-@dataclass
-class Rendered:
-    """A conversation's text, the characters to learn in order, and what the user may want to know."""
-
-    text: str
-    spans: list[Span]
-    notes: list[str] = field(default_factory=list)
+from launch.data.examples.render import ChatTemplate, Span
+from launch.data.examples.rendered import (
+    OTHER_ANSWERS,
+    WAY_OUT,
+    Rendered,
+    check_alone,
+    check_tools,
+    check_variables,
+    left_out,
+    render_or_none,
+    squeezed,
+)
 
 
 def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
@@ -41,12 +33,11 @@ def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
         rendered = _marked(example, template)
     else:
         rendered = _unmarked(example, template)
-    _check_tools(rendered, example)
-    if unread := [name for name in example.template_kwargs if not template.reads(name)]:
-        raise Reject(f"the chat template does not read {unread[0]}", OTHER_TEMPLATE)
-    rendered.notes += _left_out(rendered.text, example)
     rendered.spans = [_one_stop(rendered.text, span, template) for span in rendered.spans]
-    _check_alone(rendered, example, template)
+    check_tools(rendered, example)
+    check_variables(example, template)
+    check_alone(rendered, example, template)
+    rendered.notes += left_out(rendered.text, example)
     return rendered
 
 
@@ -98,8 +89,8 @@ def _unmarked(example: ChatExample, template: ChatTemplate) -> Rendered:
 def _unmarked_span(index: int, text: str, example: ChatExample, template: ChatTemplate) -> tuple[Span, str]:
     """Return the characters of one answer, and a note where its generation prompt is no part of the text."""
     messages, arguments = example.messages, example.template_kwargs
-    prompt = _or_none(template.prompt, messages[:index], arguments)
-    answered = _or_none(template.answered, messages[: index + 1], arguments)
+    prompt = render_or_none(template.prompt, messages[:index], arguments)
+    answered = render_or_none(template.answered, messages[: index + 1], arguments)
     if prompt and answered and answered.startswith(prompt) and text.startswith(answered) and prompt != answered:
         return (len(prompt), len(answered)), ""
     shown = prompt is not None and len(prompt) < len(text) and text.startswith(prompt)
@@ -132,7 +123,7 @@ def _places_of_contents(text: str, example: ChatExample, template: ChatTemplate)
             {**message, "content": words} if index in answers else message
             for index, message in enumerate(example.messages)
         ]
-        written = _or_none(template.render, messages, example.template_kwargs)
+        written = render_or_none(template.render, messages, example.template_kwargs)
         if written is None:
             return {}
         around.append(written.split(words))
@@ -173,7 +164,7 @@ def _place_of_content(index: int, text: str, example: ChatExample, template: Cha
     for words in OTHER_ANSWERS:
         messages = [*example.messages]
         messages[index] = {**messages[index], "content": words}
-        written = _or_none(template.render, messages, example.template_kwargs)
+        written = render_or_none(template.render, messages, example.template_kwargs)
         if written is None:
             return None, unclear
         others.append(written)
@@ -191,63 +182,13 @@ def _place_of_content(index: int, text: str, example: ChatExample, template: Cha
     return (start, end), ""
 
 
-def _check_tools(rendered: Rendered, example: ChatExample) -> None:
-    """Raise Reject for tools, or learned calls of them, that the template leaves out."""
-    learned = "".join(rendered.text[start:end] for start, end in rendered.spans)
-    calls = [call for index in example.learned for call in example.messages[index].get("tool_calls") or []]
-    tools = example.template_kwargs.get("tools") or []
-    for what, listed, text in (("tool calls", calls, learned), ("tools", tools, rendered.text)):
-        functions = [tool.get("function", tool) for tool in listed if isinstance(tool, dict)]
-        names = Counter(function.get("name") for function in functions if isinstance(function, dict))
-        for name, count in names.items():
-            if isinstance(name, str) and text.count(name) < count:
-                raise Reject(f"the chat template does not write {what}", OTHER_TEMPLATE)
-
-
-def _check_alone(rendered: Rendered, example: ChatExample, template: ChatTemplate) -> None:
-    """Raise Reject where words of others stand in an answer: a tool's result may stand in the turn of its call."""
-    if not any(message.get("tool_calls") for message in example.messages):
-        return
-    others = [
-        message if message["role"] == "assistant" else {**message, "content": OTHER_ANSWERS[0]}
-        for message in example.messages
-    ]
-    written = _or_none(template.render, others, example.template_kwargs)
-    if written is not None and not all(rendered.text[start:end] in written for start, end in rendered.spans):
-        raise Reject("the chat template writes words of another role into an answer", WAY_OUT)
-
-
-def _left_out(text: str, example: ChatExample) -> list[str]:
-    """Return a note for each role whose words the template leaves out, such as the thoughts of earlier answers."""
-    roles = set()
-    for message in example.messages:
-        content = message.get("content")
-        if isinstance(content, str) and content.strip() not in text:
-            roles.add(message["role"])
-    written = _squeezed(text) if roles else ""
-    lost = {
-        message["role"]
-        for message in example.messages
-        if message["role"] in roles and _squeezed(message.get("content") or "") not in written
-    }
-    notes = [f"the chat template leaves out or changes words of the role {role}" for role in sorted(lost)]
-    thoughts = (message.get(name) for message in example.messages for name in THOUGHTS)
-    if any(isinstance(thought, str) and thought.strip() not in text for thought in thoughts):
-        notes.append("the chat template leaves out thoughts (reasoning_content)")
-    return notes
-
-
 def _holds(written: str, content: Any, template: ChatTemplate) -> bool:
     """Return whether a template wrote a message's content, or a part of it (without its thoughts), as it is."""
     if not isinstance(content, str) or not content.strip():
         return True
     parts = (written, content, content.rpartition("</think>")[2])
-    shown, whole, said = (_squeezed(template.special.sub("", part)) for part in parts)
+    shown, whole, said = (squeezed(template.special.sub("", part)) for part in parts)
     return bool(shown) and (shown in whole or whole[-40:] in shown or (bool(said) and said[-40:] in shown))
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
 
 
 def _with_stop(text: str, end: int, template: ChatTemplate) -> int:
@@ -267,8 +208,7 @@ def _first_stop(text: str, start: int, template: ChatTemplate) -> int:
 def _one_stop(text: str, span: Span, template: ChatTemplate) -> Span:
     """Extend a span to a stop that stands behind it, or end it at the first of several; blanks after a stop go."""
     start, end = span
-    tail = re.compile(rf"(?:{template.special.pattern})(?:\s*(?:{template.special.pattern}))*\s*\Z")
-    found = tail.search(text[start:end])
+    found = template.special_tail.search(text[start:end])
     if found is None:
         return start, _with_stop(text, end, template)
     first = _first_stop(text[:end], start + found.start(), template)
@@ -292,12 +232,3 @@ def _alike(first: str, *others: str) -> int:
 
 def _overlap(one: Span, other: Span) -> bool:
     return one[0] < other[1] and other[0] < one[1]
-
-
-def _or_none(render: Callable[[Messages, Mapping[str, Any]], str], messages: Messages, arguments) -> str | None:
-    if not messages:
-        return None
-    try:
-        return render(messages, arguments)
-    except Reject:
-        return None
