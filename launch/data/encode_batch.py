@@ -15,7 +15,7 @@ from launch.data.examples.formats import detect_format, to_example, used_columns
 from launch.data.examples.kinds import Example, TokenExample
 from launch.data.examples.rows import IGNORED
 from launch.data.examples.special_tokens import SpelledOut
-from launch.data.records import Note, Record, Rejected
+from launch.data.records import DropReport, Note, Record, Rejected
 from launch.data.rows_file import RowColumns
 
 DIGEST_BYTES = 16
@@ -32,6 +32,15 @@ class Kept(NamedTuple):
     special_token: str
     notes: tuple[str, ...] = ()
     stop: int | None = None  # the token that ends its last answer; None for rows that came as tokens
+
+    def tell(self, report: DropReport) -> None:
+        """Add to a report what a user may want to know of this row."""
+        if self.cut:
+            report.truncated.append(self.where)
+        if self.special_token:
+            report.spelled_out[self.where] = self.special_token
+        for note in self.notes:
+            report.noted.setdefault(note, []).append(self.where)
 
 
 class EncodedBatch(NamedTuple):
@@ -127,3 +136,10 @@ def row_digest(ids: numpy.ndarray, labels: numpy.ndarray) -> bytes:
     digest = hashlib.blake2b(ids.data, digest_size=DIGEST_BYTES)
     digest.update(labels.data)
     return digest.digest()
+
+
+def lost(record: Record | Rejected | Note, reason: str) -> EncodedBatch:
+    """Return what is made of a record that ends the process that encodes it: a rejection."""
+    if isinstance(record, Record):
+        record = Rejected(record.where, "ends the process that encodes it", reason)
+    return EncodedBatch([record], RowColumns().batch(), b"")

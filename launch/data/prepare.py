@@ -9,14 +9,14 @@ from pathlib import Path
 
 from launch.common.atomic_files import write_whole
 from launch.common.messages import counted, shortened
-from launch.data.encode_batch import DIGEST_BYTES, UNRECOGNISED, BatchEncoder, EncodedBatch, Kept
+from launch.data.encode_batch import DIGEST_BYTES, UNRECOGNISED, BatchEncoder, EncodedBatch, Kept, lost
 from launch.data.examples.columns import Columns
 from launch.data.examples.formats import known_formats
 from launch.data.prepared import ROWS, SUMMARY, Summary, checksum
 from launch.data.progress import RowsProgress
 from launch.data.read import Source, Sources, batches
 from launch.data.records import DataError, DropReport, Note, Record, Rejected
-from launch.data.rows_file import RowColumns, RowsWriter
+from launch.data.rows_file import RowsWriter
 from launch.data.statistics import Statistics
 from launch.data.workers import Workers
 
@@ -30,6 +30,7 @@ def prepare(
     workers: int = 0,
     strict: bool = False,
     max_rows: int | None = None,
+    why: str = "--max_rows",
     seed: int = 0,
 ) -> None:
     """Write the rows of all sources, and a summary of them, into `folder`.
@@ -44,6 +45,7 @@ def prepare(
         workers: Processes to encode in; 0 for this one.
         strict: Stop at the first row that cannot be used.
         max_rows: Rows to take of each source that is not all held out; the rest of it is not read.
+        why: Said of a source whose other rows are not read.
         seed: Draws the held-out rows.
 
     Raises:
@@ -52,10 +54,10 @@ def prepare(
     rows = _Rows(strict)
     with (
         RowsWriter(folder / ROWS) as file,
-        Workers(workers, encoder, _lost) as pool,
+        Workers(workers, encoder, lost) as pool,
         RowsProgress("preparing rows") as progress,
     ):
-        counts = [rows.read(source, file, pool, progress, max_rows) for source in sources.train]
+        counts = [rows.read(source, file, pool, progress, max_rows, why) for source in sources.train]
         count = len(rows.lengths)
         rows.require(count, encoder.columns)
         for source in sources.heldout:
@@ -101,9 +103,15 @@ class _Rows:
         self.lengths, self.learned, self.digests = array("i"), array("i"), bytearray()
 
     def read(
-        self, source: Source, file: RowsWriter, pool: Pool, progress: RowsProgress, most: int | None = None
+        self,
+        source: Source,
+        file: RowsWriter,
+        pool: Pool,
+        progress: RowsProgress,
+        most: int | None = None,
+        why: str = "",
     ) -> int:
-        """Write the first `most` rows of a source, or all; return their number."""
+        """Write the first `most` rows of a source, or all, and note `why` not all; return their number."""
         before = len(self.lengths)
         for batch in pool.map(batches(source.records())):
             if most is not None:
@@ -112,7 +120,7 @@ class _Rows:
             file.add(batch.rows)
             progress.show(len(self.lengths), len(self.report))
             if most is not None and len(self.lengths) == before + most:
-                self.report.left_out.append(f"{source.name}: its first {most:,} usable rows alone (--max_rows)")
+                self.report.left_out.append(f"{source.name}: its first {most:,} usable rows alone ({why})")
                 break
         return len(self.lengths) - before
 
@@ -132,12 +140,7 @@ class _Rows:
     def _keep(self, kept: Kept) -> None:
         self.formats[kept.format] += 1
         self.learned.append(kept.learned)
-        if kept.cut:
-            self.report.truncated.append(kept.where)
-        if kept.special_token:
-            self.report.spelled_out[kept.where] = kept.special_token
-        for note in kept.notes:
-            self.report.noted.setdefault(note, []).append(kept.where)
+        kept.tell(self.report)
         if kept.stop is not None:
             self.stops.add(kept.stop)
 
@@ -181,10 +184,3 @@ class _Rows:
             stops=sorted(self.stops),
             report=self.report,
         )
-
-
-def _lost(record: Record | Rejected | Note, reason: str) -> EncodedBatch:
-    """Reject a row that ends the process that encodes it."""
-    if isinstance(record, Record):
-        record = Rejected(record.where, "ends the process that encodes it", reason)
-    return EncodedBatch([record], RowColumns().batch(), b"")
