@@ -43,16 +43,22 @@ class Sources:
         return [*([(source.name, source.fingerprint()) for source in part] for part in parts), self.fraction]
 
 
-def sources_of(data: Sequence[str] | None, eval_data: str | None = None, eval_fraction: float = 0.05) -> Sources:
+def sources_of(
+    data: Sequence[str] | None,
+    eval_data: str | None = None,
+    eval_fraction: float = 0.05,
+    streaming: bool = False,
+) -> Sources:
     """Return the sources that the flags of these names stand for. Raises DataError for an invalid fraction."""
     if not 0 <= eval_fraction < 1:
         raise DataError(f"Expected eval_fraction in [0, 1), got {eval_fraction}.")
     heldout = [] if eval_data is None else [_source(eval_data, held_out=True)]
     if data is not None:
-        return Sources([_source(name) for name in data], heldout, 0.0 if heldout else eval_fraction)
+        train = [_source(name, streamed=streaming) for name in data]
+        return Sources(train, heldout, 0.0 if heldout else eval_fraction)
     corpus = cache(docstring_corpus)
 
-    def train() -> Records:
+    def docstrings() -> Records:
         yield Note("no data given: docstrings of the Python standard library, whole modules held out")
         if corpus().unparsable:
             yield Note(f"{corpus().unparsable} files of the standard library could not be parsed")
@@ -60,11 +66,12 @@ def sources_of(data: Sequence[str] | None, eval_data: str | None = None, eval_fr
 
     name = "docstrings of the standard library"
     heldout = heldout or [Source(name, lambda: iter(corpus().heldout), corpus_fingerprint)]
-    return Sources([Source(name, train, corpus_fingerprint)], heldout, 0.0)
+    return Sources([Source(name, docstrings, corpus_fingerprint)], heldout, 0.0)
 
 
-def _source(name: str, held_out: bool = False) -> Source:
-    return Source(name, lambda: iter_records(name, held_out), lambda: source_fingerprint(name, held_out))
+def _source(name: str, held_out: bool = False, streamed: bool = False) -> Source:
+    how = (name, held_out, streamed)
+    return Source(name, lambda: iter_records(*how), lambda: source_fingerprint(*how))
 
 
 def batches(records: Records) -> Iterator[Batch]:

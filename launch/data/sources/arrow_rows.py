@@ -69,8 +69,8 @@ def index_note(names: Iterable[str]) -> Iterator[Note]:
 
 
 def dataset_rows(dataset, place: str) -> Records:
-    """Yield the rows of a `datasets.Dataset`, mapped from its files, as `place` with the row's number."""
-    yield from index_note(dataset.column_names)
+    """Yield the rows of a data set, mapped from its files or streamed, as `place` with the row's number."""
+    yield from index_note(dataset.column_names or ())  # of a stream they may be unknown
     number = 0
     try:
         for table in dataset.with_format("arrow").iter(BATCH):

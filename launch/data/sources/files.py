@@ -8,8 +8,8 @@ from launch.data.records import DataError, DropReport, Note, Record, Records, Re
 from launch.data.sources.compression import DAMAGED, SUFFIXES, compression_of, open_data
 from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
-from launch.data.sources.fingerprint import fingerprint_of_files
-from launch.data.sources.hub import hub_name_problem, hub_rows, load_hub
+from launch.data.sources.fingerprint import fingerprint_of_files, quick_fingerprint_of_files
+from launch.data.sources.hub import hub_fingerprint, hub_name_problem, hub_rows
 from launch.data.sources.json_files import json_rows
 from launch.data.sources.parquet_files import parquet_rows
 from launch.data.sources.saved import is_saved, saved_files, saved_rows
@@ -19,17 +19,18 @@ BINARY_MAGIC = (b"\x89PNG", b"PK\x03\x04", b"\x7fELF", b"%PDF", b"\xff\xd8\xff",
 TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
 
 
-def iter_records(source: str, held_out: bool = False) -> Records:
+def iter_records(source: str, held_out: bool = False, streamed: bool = False) -> Records:
     """Yield the rows of a file, a directory, or a hub data set (`name:split`, `name:config:split`).
 
     Never more than a batch of them is in memory. Rows and files that cannot be used are yielded as Rejected, and what
-    to tell the user about the rest as Note. `held_out`: these records are for evaluation.
+    to tell the user about the rest as Note. `held_out`: these records are for evaluation. `streamed`: a hub data set
+    is read from the hub, and not written to disk first.
 
     Raises DataError for a source that does not exist, and on the way for one that holds no rows or cannot be read.
     """
     path = _as_path(source)
     if path is None:
-        return _at_least_one(source, hub_rows(source))
+        return _at_least_one(source, hub_rows(source, streamed))
     if path.is_dir() and not is_saved(path):
         return _directory_rows(path, held_out)
     return _file_rows(path)
@@ -51,19 +52,22 @@ def read_records(source: str, report: DropReport, strict: bool = False, held_out
     return records
 
 
-def source_fingerprint(source: str, held_out: bool = False) -> str:
+def source_fingerprint(source: str, held_out: bool = False, streamed: bool = False) -> str:
     """Return a hash of what `iter_records` would read: the names and contents of the files, or the hub data set.
+
+    Of files that are `streamed`, only sizes, beginnings and ends are read.
 
     Raises DataError if the source does not exist, or one of its files cannot be read.
     """
     path = _as_path(source)
     if path is None:
-        return load_hub(source)._fingerprint
+        return hub_fingerprint(source, streamed)
+    of_files = quick_fingerprint_of_files if streamed else fingerprint_of_files
     if not path.is_dir():
-        return fingerprint_of_files([(path.name, path)])
+        return of_files([(path.name, path)])
     found = [path] if is_saved(path) else files_of(path, _is_data, held_out)[0]
     files = [file for entry in found for file in (saved_files(entry) if entry.is_dir() else [entry])]
-    return fingerprint_of_files((file.relative_to(path).as_posix(), file) for file in files)
+    return of_files((file.relative_to(path).as_posix(), file) for file in files)
 
 
 def _as_path(source: str) -> Path | None:
