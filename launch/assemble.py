@@ -16,7 +16,8 @@ from launch.data.batches import PadToLongest
 from launch.data.packing import PadPacked
 from launch.data.prepared import EncodedData
 from launch.data.sampler import EpochSampler
-from launch.data.splits import Split, heldout_split, training_split
+from launch.data.splits import Split, heldout_split, streamed_split, training_split
+from launch.data.streamed_rows import Share, StreamedRows
 from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
 from launch.model.tensor_parallel.apply import split_model
@@ -32,6 +33,7 @@ from launch.training.logging import MetricsFile, Progress, ResolvedDeepSpeed
 from launch.training.milestones import Milestones
 from launch.training.nonfinite import NonFiniteSteps
 from launch.training.packed_rows import PackedRowsApart
+from launch.training.stream_report import StreamReport
 from launch.training.trainer import SftTrainer
 from smoothing.hf import SmoothedLossCallback
 
@@ -77,6 +79,8 @@ def check_arguments(options: SftOptions, args: SftTrainingArguments) -> None:
             "--train_sampling_strategy batch_rebalance is not supported: its order depends on the number of ranks, "
             "and it knows no --tp; use group_by_length"
         )
+    if options.streaming:
+        check_streaming(args)
     if options.packing and args.train_sampling_strategy == "group_by_length":
         raise UserError(
             "--train_sampling_strategy group_by_length does nothing for --packing, whose sequences are all about as "
@@ -86,6 +90,22 @@ def check_arguments(options: SftOptions, args: SftTrainingArguments) -> None:
         raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
     if args.fp16 and not get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
+
+
+def check_streaming(args: SftTrainingArguments) -> None:
+    """Raise `UserError` for what cannot go with `--streaming`."""
+    if args.max_steps < 1:
+        raise UserError("--streaming needs --max_steps: how many rows there are is known only once all are read")
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} cannot be used with --streaming; "
+            "--shuffle_buffer 0 keeps the order of the data"
+        )
+    if args.dataloader_num_workers:
+        raise UserError(
+            "--dataloader_num_workers cannot be used with --streaming, each of them would read all of the data; rows "
+            "are tokenised in --data_workers processes"
+        )
 
 
 def make_trainer(
@@ -113,9 +133,13 @@ def make_trainer(
             raise UserError("the best checkpoint is chosen by held-out rows, and there are none; give --eval_data")
         args.eval_strategy, args.eval_on_start, heldout = "no", False, None
     at_once = data_parallel * args.per_device_train_batch_size
-    train, sampler = training_split(
-        data.train, args, facts["rows_a_step"], at_once, token_id, packed_length, data.sources, data.weights
-    )
+    if data.streaming is None:
+        train, sampler = training_split(
+            data.train, args, facts["rows_a_step"], at_once, token_id, packed_length, data.sources, data.weights
+        )
+    else:
+        share = Share(args.process_index // options.tp, data_parallel, args.per_device_train_batch_size)
+        train, sampler = streamed_split(data.streaming, args, share, facts["rows_a_step"], token_id)
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = load_model(options, tokenizer, dtype, args.seed)
@@ -157,6 +181,7 @@ def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErr
         ResolvedDeepSpeed(),
         *([SamplerEpoch(trainer.sampler)] if isinstance(trainer.sampler, EpochSampler) else []),
         *([PackedRowsApart(trainer)] if options.packing else []),
+        *([StreamReport(rows, options)] if isinstance(rows := trainer.train_dataset, StreamedRows) else []),
         trainer.milestones,
     ]
     for callback in callbacks:

@@ -73,7 +73,8 @@ def main(argv: list[str]) -> None:
         say(f"{run.path} is finished: its model is in {run.path / MODEL}; a larger --max_steps would train further")
         return
     say(f"run: {run.path}")
-    name_dropped(data.report, run.path / DROPPED)
+    if data.streaming is None:
+        name_dropped(data.report, run.path / DROPPED)
     with Watchdog(options.stall_timeout) as watchdog:
         with StartupErrors(run.path) as starting:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting)

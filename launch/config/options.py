@@ -114,6 +114,16 @@ class DataFlags:
         default=False,
         metadata={"help": "Put several rows into a sequence of --max_length tokens; no row attends to another."},
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenise --data while training, instead of preparing all of it; with --max_steps."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10000,
+        metadata={"help": "With --streaming: rows that are read and then taken in random order; 0: in the data's."},
+    )
     strict: bool = field(default=False, metadata={"help": "Stop at the first row that cannot be used."})
     max_dropped: float = field(
         default=0.2, metadata={"help": "Stop if more than this share of the rows cannot be used."}
@@ -239,6 +249,10 @@ def _data_problem(options: SftOptions) -> str | None:
         return f"--data_weights must be above 0, got {' '.join(map(str, weights))}"
     if weights and options.packing:
         return "--data_weights cannot be used with --packing: packed sequences hold each row once"
+    if options.streaming and (problem := _streaming_problem(options)):
+        return problem
+    if options.shuffle_buffer < 0:
+        return f"--shuffle_buffer must be at least 0 rows, got {options.shuffle_buffer}"
     if len(set(sources)) < len(sources):
         return f"--data names {max(sources, key=sources.count)} twice; use --data_weights to take a source more often"
     if options.max_rows is not None and options.max_rows < 1:
@@ -247,6 +261,18 @@ def _data_problem(options: SftOptions) -> str | None:
         return f"--max_dropped must lie in [0, 1], got {options.max_dropped}"
     if options.data_workers is not None and options.data_workers < 0:
         return f"--data_workers must be at least 0, got {options.data_workers}"
+    return None
+
+
+def _streaming_problem(options: SftOptions) -> str | None:
+    if not options.data:
+        return "--streaming reads --data, and there is none; leave out --streaming for the docstrings"
+    if options.data_weights:
+        return "--data_weights cannot be used with --streaming, which reads one source after the other"
+    if options.packing:
+        return "--packing cannot be used with --streaming: sequences are planned from the lengths of all rows"
+    if options.max_rows is not None:
+        return "--max_rows cannot be used with --streaming; --max_steps says how many rows are read"
     return None
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -24,10 +25,15 @@ from launch.data.prepared import EncodedData, damage, open_prepared
 from launch.data.preview.describe import describe_example
 from launch.data.read import Sources, sources_of
 from launch.data.records import DataError, DropReport
+from launch.data.stream import Stream
+from launch.data.streamed_rows import Streaming
 from launch.data.tokenizer import describe_tokenizer, load_tokenizer, train_once
 from launch.data.weights import describe_epoch
 from launch.process.once import once_a_machine
 from launch.process.ranks import say
+
+FIRST_ROWS = 2000  # of each source that is streamed: prepared, so that the log can tell what the rows are like
+STREAMING_WORKERS = 2  # of a rank: fewer would never encode while the rank trains
 
 
 def load_data(options: SftOptions, day: date | None = None) -> tuple[PreTrainedTokenizerBase, EncodedData]:
@@ -39,9 +45,15 @@ def load_data(options: SftOptions, day: date | None = None) -> tuple[PreTrainedT
     Collectives: those of `once_a_machine`.
     """
     sources = run_sources(options)
+    if options.streaming:
+        options = replace(options, max_rows=FIRST_ROWS)
     paths = json.loads(once_a_machine(lambda: json.dumps(_prepare(options, sources, day)), "preparing the data"))
     tokenizer = load_tokenizer(options, Path(paths["pieces"]) if paths["pieces"] else None)
     data = open_prepared(Path(paths["rows"]), options.data_weights)
+    if options.streaming:
+        encoder = make_encoder(options, tokenizer, date.fromisoformat(paths["day"]))
+        data = replace(data, streaming=make_streaming(options, sources, data, encoder, paths["sources"]))
+        say(f"data: streamed, and never prepared as a whole; what follows tells its first {FIRST_ROWS:,} rows")
     check(data, options)
     describe(data, options, paths["found"])
     say(describe_example(data.train[0], tokenizer))
@@ -50,7 +62,7 @@ def load_data(options: SftOptions, day: date | None = None) -> tuple[PreTrainedT
 
 def run_sources(options: SftOptions) -> Sources:
     """Return the sources that a run's flags name."""
-    return sources_of(options.data, options.eval_data, options.eval_fraction)
+    return sources_of(options.data, options.eval_data, options.eval_fraction, options.streaming)
 
 
 def make_encoder(options: SftOptions, tokenizer, day: date | None = None) -> BatchEncoder:
@@ -81,10 +93,32 @@ def _prepare(options: SftOptions, sources: Sources, day: date | None) -> dict:
 
     def make(folder: Path) -> None:
         workers = len(os.sched_getaffinity(0)) if options.data_workers is None else options.data_workers
-        prepare(sources, encoder, folder, workers, options.strict, options.max_rows)
+        why = "--streaming: the others are read while it trains" if options.streaming else "--max_rows"
+        prepare(sources, encoder, folder, workers, options.strict, options.max_rows, why)
 
     rows, found = cache.find_or_make(fingerprint(facts), damage, make)
-    return {"rows": str(rows), "found": found, "pieces": pieces and str(pieces)}
+    return {
+        "rows": str(rows),
+        "found": found,
+        "pieces": pieces and str(pieces),
+        "day": day.isoformat(),
+        "sources": fingerprint({"sources": facts["sources"]}),
+    }
+
+
+def make_streaming(
+    options: SftOptions, sources: Sources, first: EncodedData, encoder: BatchEncoder, fingerprint: str
+) -> Streaming:
+    """Return what rows are streamed from; `first` are the first rows, of which some may be held out."""
+    left_out = frozenset() if sources.heldout else frozenset(first.heldout["where"])
+    return Streaming(
+        stream=Stream(sources.train, encoder.example_of, options.shuffle_buffer, left_out),
+        encoder=encoder,
+        workers=STREAMING_WORKERS if options.data_workers is None else options.data_workers,
+        strict=options.strict,
+        fingerprint=fingerprint,
+        told=tuple(first.report.left_out),
+    )
 
 
 def check(data: EncodedData, options: SftOptions) -> None:

@@ -12,6 +12,7 @@ from launch.data.records import DropReport, Rejected
 from launch.data.rows_file import map_rows
 from launch.data.sources.fingerprint import fingerprint_of_files
 from launch.data.statistics import Statistics
+from launch.data.streamed_rows import Streaming
 
 ROWS = "rows.arrow"
 SUMMARY = "summary.json"
@@ -65,6 +66,7 @@ class EncodedData:
     heldout: datasets.Dataset
     summary: Summary
     weights: list[float] | None = None  # of the sources (--data_weights)
+    streaming: Streaming | None = None  # trained on instead of `train`, which has its first rows (--streaming)
 
     @property
     def report(self) -> DropReport:
@@ -72,7 +74,12 @@ class EncodedData:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of what is trained on: the rows in order, and the weights of their sources."""
+        """The SHA-256 of what is trained on: the rows in order, and the weights of their sources.
+
+        Of a stream its first rows, and its files' names, sizes, beginnings and ends.
+        """
+        if self.streaming is not None:
+            return hashlib.sha256(f"{self.summary.digest} {self.streaming.fingerprint}".encode()).hexdigest()
         if self.weights is None:
             return self.summary.digest
         return hashlib.sha256(f"{self.summary.digest} {self.weights}".encode()).hexdigest()

@@ -9,10 +9,11 @@ from launch.config.training_arguments import SftTrainingArguments
 from launch.data.blank_rows import fill_to_multiple
 from launch.data.packing import PackedRows, best_fit, row_lengths
 from launch.data.sampler import EpochSampler, Order, grouped_by_length, in_order, shuffled
+from launch.data.streamed_rows import Share, StreamedRows, Streaming
 from launch.data.weights import weighted
 from launch.process.ranks import say
 
-Split: TypeAlias = datasets.Dataset | PackedRows
+Split: TypeAlias = datasets.Dataset | PackedRows | StreamedRows
 
 
 def training_split(
@@ -40,7 +41,7 @@ def training_split(
         sources: The rows of each source, for `weights`.
         weights: The share of each source in the rows of an epoch; without them each row is taken once.
     """
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = _seed(args)
     multiple = 1 if args.dataloader_drop_last else multiple
     if packed_length is None:
         split: Split = fill_to_multiple(rows, multiple, token_id)
@@ -57,6 +58,19 @@ def training_split(
     order = weighted(sources, weights, seed, arrange) if weights else arrange(range(count))
     kept = count - count % rows_a_step if args.dataloader_drop_last else count
     return split, EpochSampler(order, kept, range(count, len(split)), seed)
+
+
+def streamed_split(
+    streaming: Streaming, args: SftTrainingArguments, share: Share, rows_a_step: int, token_id: int
+) -> tuple[StreamedRows, EpochSampler]:
+    """Return the rows of all steps as one epoch, and a sampler that takes them as they come."""
+    seed, count = _seed(args), args.max_steps * rows_a_step
+    rows = StreamedRows(streaming, share, seed, count, token_id)
+    return rows, EpochSampler(in_order(count), count, range(count, count), seed)
+
+
+def _seed(args: SftTrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def heldout_split(rows: datasets.Dataset, multiple: int, token_id: int, packed_length: int | None) -> Split:
