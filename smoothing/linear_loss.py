@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from smoothing.core import agreement
 from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
+from smoothing.core.once import anchor, once_differentiable, transform_problem
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
 from smoothing.core.refusal import refuse_at_handshake
 from smoothing.core.statistics import Combined, token_loss
@@ -81,8 +81,9 @@ def vocab_parallel_linear_cross_entropy(
 
     Raises:
         ValueError: on every rank, if any rank's arguments are wrong or the ranks' differ (targets on a device: a
-            device-side assertion).
-        RuntimeError: in the second backward of a scalar loss, whose gradients are handed over once.
+            device-side assertion); under a transform of `torch.func`.
+        RuntimeError: in the second backward of a scalar loss, whose gradients are handed over once; where a gradient
+            is differentiated again (`create_graph=True`), which has no graph.
 
     Collectives:
         For C chunks of n tokens: one all-gather of 72 bytes; with smoothing, but no softcap, one all-reduce of H+1
@@ -131,7 +132,8 @@ def _checked(
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
     tensors = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     if (
-        problem := tensor_problem(**tensors)
+        problem := transform_problem()
+        or tensor_problem(**tensors)
         or dtype_problem(**tensors)
         or _head_problem(hidden, weight, bias, chunk_bytes)
     ):
@@ -175,8 +177,9 @@ class _Job:
         if not any(self.wanted):
             outcome = self.forward(*tensors)
             return outcome.loss, *outcome.stats
-        function = _TokenLosses if self.call.options.reduction == "none" else _ScalarLoss
-        return function.apply(*tensors, self)  # type: ignore[no-untyped-call]  # torch has no types for it
+        if self.call.options.reduction == "none":
+            return _TokenLosses.apply(*tensors, self)  # type: ignore[no-untyped-call]  # torch has no types for it
+        return _ScalarLoss.apply(*tensors, *map(anchor, tensors), self)  # type: ignore[no-untyped-call]  # nor here
 
     def head(self, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None) -> LinearHead:
         hidden_NH = self.labelled.select(hidden_TH)
@@ -232,11 +235,11 @@ class _ScalarLoss(torch.autograd.Function):
     """Gradients along with the loss. Keeps them alone: no logits, no hidden states."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TH: Tensor, weight_SH: Tensor, bias_S: Tensor | None, job: _Job
-    ) -> tuple[Tensor | None, ...]:
-        outcome = job.forward(hidden_TH, weight_SH, bias_S, with_gradients=True)
-        inputs = (hidden_TH, weight_SH, bias_S)
+    def forward(ctx: Any, *inputs_anchors_job: Any) -> tuple[Tensor | None, ...]:
+        *tensors, job = inputs_anchors_job
+        inputs, anchors = tensors[:3], tensors[3:]
+        outcome = job.forward(*inputs, with_gradients=True)
+        ctx.save_for_backward(*anchors)
         ctx.gradients = []
         for index, given in enumerate(inputs):
             total, outcome.sums[index] = outcome.sums[index], None  # one sum at a time beside its rounded copy
@@ -246,7 +249,7 @@ class _ScalarLoss(torch.autograd.Function):
                 total = job.labelled.scatter(total, given.shape, early) if index == 0 else total.to(early)
             ctx.gradients.append(total)
         ctx.dtypes = [None if given is None else given.dtype for given in inputs]
-        ctx.scale = backend_for(hidden_TH.device, job.call).scale
+        ctx.scale = backend_for(inputs[0].device, job.call).scale
         ctx.mark_non_differentiable(*(x for x in outcome.stats if x is not None))
         return outcome.loss, *outcome.stats
 
@@ -263,7 +266,8 @@ class _ScalarLoss(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 ctx.scale(gradient, upstream)
-        return *(None if grad is None else grad.to(dt) for grad, dt in zip(gradients, ctx.dtypes, strict=True)), None
+        cast = (None if grad is None else grad.to(dt) for grad, dt in zip(gradients, ctx.dtypes, strict=True))
+        return *cast, None, None, None, None  # nothing for anchors and job
 
 
 class _TokenLosses(torch.autograd.Function):

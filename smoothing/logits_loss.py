@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from smoothing.core import agreement
 from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
+from smoothing.core.once import once_differentiable, transform_problem
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
 from smoothing.core.refusal import refuse_at_exchange
 from smoothing.kernels.dispatch import backend_for
@@ -57,7 +57,8 @@ def vocab_parallel_cross_entropy(
 
     Raises:
         ValueError: on every rank, if any rank's arguments are wrong or the ranks' differ (targets on a device: a
-            device-side assertion).
+            device-side assertion); under a transform of `torch.func`.
+        RuntimeError: where the gradient is differentiated again (`create_graph=True`), which has no graph.
 
     Collectives:
         Forward: one all-gather of 16 bytes a token (20 with probabilities; twice that in fp64) and 72 a call from
@@ -86,7 +87,7 @@ def _checked(
     logits: Any, target: Any, shard: Any, options: LossOptions, prior: Any, num_items_in_batch: Any
 ) -> LossCall:
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
-    if problem := tensor_problem(logits=logits) or dtype_problem(logits=logits):
+    if problem := transform_problem() or tensor_problem(logits=logits) or dtype_problem(logits=logits):
         raise ValueError(problem)
     rows, width = logits.shape[:-1].numel(), logits.shape[-1]
     shard = VocabShard.whole(width) if shard is None else shard

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from smoothing.core.collectives import all_gather
+from smoothing.core.once import anchor, once_differentiable
 from smoothing.shard import VocabShard
 
 
@@ -15,13 +16,17 @@ def gather_logits(logits: Tensor, shard: VocabShard) -> Tensor:
     Backward hands each rank its own columns of the gradient: every rank computes the same loss from the same
     logits, so there is nothing to add up. Collectives: forward two all-gathers (widths, logits); backward none.
     """
-    return logits[..., : shard.real_size] if shard.world_size == 1 else _GatherLogits.apply(logits, shard)  # type: ignore[no-untyped-call]  # torch has no types for it
+    if shard.world_size == 1:
+        return logits[..., : shard.real_size]
+    gathered: Tensor = _GatherLogits.apply(logits, anchor(logits), shard)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return gathered
 
 
 class _GatherLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, shard: VocabShard) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, anchored: Tensor | None, shard: VocabShard) -> Tensor:
         ctx.shard = shard
+        ctx.save_for_backward(anchored)
         # shards differ in width by at most one column in the even split, and by more if a user says so
         widths = all_gather(torch.tensor([shard.real_size], device=logits.device), shard).flatten().tolist()
         padded = logits.new_zeros(*logits.shape[:-1], max(widths))
@@ -30,8 +35,9 @@ class _GatherLogits(torch.autograd.Function):
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         shard = ctx.shard
         own = grad.new_zeros(*grad.shape[:-1], shard.size)
         own[..., : shard.real_size] = grad[..., shard.start : shard.start + shard.real_size]
-        return own, None
+        return own, None, None

@@ -104,6 +104,32 @@ def test_another_ignore_index():
         assert_same(loss_and_grads(model, head, inputs, ignore_index=7 * VOCAB), plain)
 
 
+def gradient_penalty(model):
+    """Gradients by name of the loss and of the square of its own gradient."""
+    loss = model(**batch()).loss
+    (gradient,) = torch.autograd.grad(loss, [model.model.embed_tokens.weight], create_graph=True)
+    (loss + gradient.square().sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_a_gradient_penalty_is_refused_where_the_head_has_none():
+    """Also where the penalty is on other gradients, which follow from the head's."""
+    torch.manual_seed(0)
+    model, plain = model_of(), model_of()
+    for each in (model, plain):
+        each.set_attn_implementation("eager")  # torch's fused attention has no second derivative
+    for head in ("fused", "sharded"):
+        with install_smoothed_loss(model, head=head):
+            loss = model(**batch()).loss
+            (gradient,) = torch.autograd.grad(loss, [model.model.embed_tokens.weight], create_graph=True)
+            with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*head='dense'"):
+                gradient.square().sum().backward()
+    with install_smoothed_loss(model, head="dense", label_smoothing=0.0):
+        penalised, expected = gradient_penalty(model), gradient_penalty(plain)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(penalised[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", ["fused", "sharded", "dense"])
 def test_statistics_are_told_once_a_forward(head):
     model, inputs, told = model_of(), batch(), []
