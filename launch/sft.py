@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     if options.sanity:
         sys.exit(check_run(options, training_values))
     if options.preview:
-        return preview(options, training_values)
+        return preview(options, training_values, first_day(training_values.get("output_dir")))
     options, args = training_arguments(options, training_values)
     day = from_main(lambda: first_day(training_values.get("output_dir")))
     tokenizer, data = load_data(options, day)

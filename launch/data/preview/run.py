@@ -14,15 +14,14 @@ from launch.data.records import DataError
 from launch.process.ranks import is_main, say
 
 
-def preview(options: SftOptions, training_values: dict[str, Any]) -> None:
+def preview(options: SftOptions, training_values: dict[str, Any], day: date) -> None:
     """Write a preview of the data of a run; the ranks after the first one do nothing.
 
     It is written into --output_dir, or into a folder beside the numbered runs: it starts no run. More dropped rows
-    than a run accepts are shown, too.
+    than a run accepts are shown, too. `day` is the date that a chat template is told: that of the run's first start.
     """
     if not is_main():
         return
-    day = date.today()
     tokenizer, data = load_data(replace(options, max_dropped=1.0), day)
     folder = Path(training_values.get("output_dir") or RUNS / PREVIEW).expanduser()
     seed = training_values.get("seed", SftTrainingArguments.seed)

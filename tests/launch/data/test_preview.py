@@ -31,7 +31,7 @@ from launch.run.claim import claim
 from tests.support.data import prepared
 from tests.support.forked import ForkedRuns
 from tests.support.processes import ROOT, environment
-from tests.support.tokenizers import byte_level, llama_2_like, without_offsets
+from tests.support.tokenizers import CHATML, byte_level, llama_2_like, without_offsets
 
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
@@ -294,6 +294,7 @@ def test_what_was_dropped_is_shown_with_its_reason(tmp_path):
     assert cut.startswith("<|im_start|>user\none<|im_end|>\n") and cut.endswith("<|im_end|>") and end == ""
     assert "tokens dropped to fit --max_length 60" in drawn
     texts = dropped_texts(dropped)
+    assert texts[0].startswith("<|im_start|>")  # as it would be read, not as its record
     assert [text.count("too long") for text in texts] == [30, 0, 0]
     assert "no answer" in texts[1] and json.loads(texts[2]) == {"prompt": "<b>&", "completion": ""}
     for number, reason in [(2, "longer than max_length 60"), (3, "no assistant message"), (4, "empty completion")]:
@@ -393,13 +394,18 @@ def test_a_start_loads_no_model_and_claims_no_run(folder):
     assert sorted(path.name for path in written.iterdir()) == [PREVIEW_HTML, PREVIEW_JSONL]
     assert len((written / PREVIEW_JSONL).read_text().splitlines()) in (3, 4)
 
+    (folder / "begun").mkdir()
+    (folder / "begun/started.txt").write_text("2020-02-29\n")
+    (folder / "dated.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    dated = [*flags, "--output_dir", "begun", "--chat_template", "dated.jinja"]
     log = folder / "ranks.log"
-    runs = ForkedRuns(2, [[*flags, "--output_dir", "named"]], log, cwd=folder)
+    runs = ForkedRuns(2, [[*flags, "--output_dir", "named"], dated], log, cwd=folder)
     try:
         assert runs.wait(120) == 0, log.read_text()
     finally:
         runs.end()
-    assert log.read_text().count("preview: ") == 1
+    assert log.read_text().count("preview: ") == 2
+    assert "2020-02-29" in stripped((folder / "begun" / PREVIEW_HTML).read_text())
     for name in (PREVIEW_HTML, PREVIEW_JSONL):
         assert (folder / "named" / name).read_bytes() == (written / name).read_bytes()
     assert claim(str(folder / "named"), {}) == (folder / "named", False)
