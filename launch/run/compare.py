@@ -1,11 +1,13 @@
 """Whether a start of a run is of the same run as what its directory holds: the recipe, and a checkpoint's facts."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from launch.common.errors import UserError
 from launch.common.paths import MODEL, RECIPE
+from launch.config.options import SftOptions
 from launch.process.ranks import say
 from launch.run import universal
 
@@ -27,8 +29,10 @@ FREE = {
 def check_recipe(path: Path, recipe: dict) -> None:
     """Raise `UserError` if the run in `path` has another recipe; print which free keys have changed."""
     before = _recipe_of(path)
-    changed = {key for key in before.keys() | recipe.keys() if before.get(key) != recipe.get(key)}
-    lines = {key: f"{key}: {before.get(key)} before, {recipe.get(key)} now" for key in sorted(changed)}
+    defaults = asdict(SftOptions())  # an earlier version may have had fewer flags
+    values = {key: [r.get(key, defaults.get(key)) for r in (before, recipe)] for key in before.keys() | recipe.keys()}
+    changed = {key: pair for key, pair in sorted(values.items()) if pair[0] != pair[1]}
+    lines = {key: f"{key}: {then} before, {now} now" for key, (then, now) in changed.items()}
     if other := [line for key, line in lines.items() if key not in FREE]:
         raise UserError(
             f"--output_dir {path} holds a run of another recipe; use its own, or name another directory:\n  "

@@ -150,9 +150,19 @@ def test_what_a_run_shows_and_how_far_it_goes_may_change(run, capsys):
     assert "max_steps: 8 before, 20 now" in capsys.readouterr().out
 
 
+def test_a_recipe_of_a_version_with_fewer_flags_has_their_defaults(run, capsys):
+    assert open_run(str(run), RECIPE | {"packing": False, "max_dropped": 0.2}, None, FACTS).checkpoint is not None
+    assert "changed since" not in capsys.readouterr().out
+
+
 REFUSED = {
     "another rate": (RECIPE | {"learning_rate": 0.02}, FACTS, "learning_rate: 0.01 before, 0.02 now"),
     "a key more": (RECIPE | {"z_loss": 0.1}, FACTS, "z_loss: None before, 0.1 now"),
+    "a new flag that is set": (
+        RECIPE | {"packing": True},
+        FACTS,
+        "packing: False before, True now",
+    ),
     "a key less": ({"data": "train.jsonl"}, FACTS, "learning_rate: 0.01 before, None now"),
     "another file of data": (RECIPE | {"data": "other.jsonl"}, FACTS, "data: train.jsonl before, other.jsonl now"),
     "other rows in the same file": (RECIPE, FACTS | {"data": "xyz"}, "training data differs from the data of"),
