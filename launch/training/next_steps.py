@@ -4,6 +4,8 @@ import json
 import shlex
 from pathlib import Path
 
+from launch.run.checkpoints import checkpoints
+
 TRY_IT = (
     "from transformers import pipeline; "
     'print(pipeline("text-generation", {model})("YOUR PROMPT", max_new_tokens=60)[0]["generated_text"])'
@@ -11,8 +13,14 @@ TRY_IT = (
 
 
 def next_steps(run: Path, model: Path, steps: int) -> str:
-    """Return commands that try the model of this run, evaluate it on other rows, and train it further."""
+    """Return commands that try the model of this run, evaluate it on other rows, and train it further.
+
+    A run without a checkpoint (--save_strategy no) is trained further from its model, with a new optimizer.
+    """
     code = TRY_IT.format(model=json.dumps(str(model)))
+    further = f"--resume_from_checkpoint {shlex.quote(str(run))} --max_steps {2 * steps}"
+    if not checkpoints(run):
+        further = f"--model {shlex.quote(str(model))} (no checkpoint was kept, so the optimizer starts anew)"
     rows = "--data ROWS.jsonl --eval_data ROWS.jsonl"
     return "\n".join(
         [
@@ -20,7 +28,6 @@ def next_steps(run: Path, model: Path, steps: int) -> str:
             f"  try it:         python -c {shlex.quote(code)}",
             f"  evaluate it:    python launch/sft.py --model {shlex.quote(str(model))} {rows} --max_steps 1",
             "                  (the first line `held out` is of the model as it is)",
-            f"  train further:  this command with --resume_from_checkpoint {shlex.quote(str(run))} "
-            f"--max_steps {2 * steps}",
+            f"  train further:  this command with {further}",
         ]
     )

@@ -21,7 +21,9 @@ def command(text: str, name: str) -> list[str]:
 def test_the_commands_work(tmp_path, capsys):
     write_data(tmp_path)
     model = write_model(tmp_path, tied=True)
-    text = next_steps(tmp_path / "it's here", model, 300)
+    run = tmp_path / "it's here"
+    (run / "checkpoint-300").mkdir(parents=True)
+    text = next_steps(run, model, 300)
     python, _, code = command(text, "try it")
     assert python == "python"
     exec(code, {})
@@ -33,6 +35,12 @@ def test_the_commands_work(tmp_path, capsys):
         "resume_from_checkpoint": f"{tmp_path}/it's here",
         "max_steps": 600,
     }
+
+
+def test_a_run_without_a_checkpoint_is_trained_further_from_its_model(tmp_path):
+    words = command(next_steps(tmp_path, tmp_path / "model", 300), "train further")
+    assert words[words.index("with") + 1 :][:2] == ["--model", f"{tmp_path}/model"]
+    assert "--resume_from_checkpoint" not in words
 
 
 LOGS = {"loss": 1.0, "nll": 1.0, "accuracy": 0.5, "learning_rate": 0.1, "tokens_per_second": 10.0}
