@@ -1,5 +1,7 @@
 """From a run's options to its `TrainingArguments` and its Trainer."""
 
+from functools import partial
+
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
@@ -139,7 +141,8 @@ def make_trainer(
         )
     else:
         share = Share(args.process_index // options.tp, data_parallel, args.per_device_train_batch_size)
-        train, sampler = streamed_split(data.streaming, args, share, facts["rows_a_step"], token_id)
+        beat = partial(watchdog.beat, "reading rows", storage=True)
+        train, sampler = streamed_split(data.streaming, args, share, facts["rows_a_step"], token_id, beat)
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = load_model(options, tokenizer, dtype, args.seed)

@@ -1,6 +1,6 @@
 """Both splits as Trainer reads them: packed or not, with blank rows at their end, and in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import datasets
@@ -61,11 +61,16 @@ def training_split(
 
 
 def streamed_split(
-    streaming: Streaming, args: SftTrainingArguments, share: Share, rows_a_step: int, token_id: int
+    streaming: Streaming,
+    args: SftTrainingArguments,
+    share: Share,
+    rows_a_step: int,
+    token_id: int,
+    beat: Callable[[], None],
 ) -> tuple[StreamedRows, EpochSampler]:
-    """Return the rows of all steps as one epoch, and a sampler that takes them as they come."""
+    """Return the rows of all steps as one epoch, and a sampler that takes them as they come; see `StreamedRows`."""
     seed, count = _seed(args), args.max_steps * rows_a_step
-    rows = StreamedRows(streaming, share, seed, count, token_id)
+    rows = StreamedRows(streaming, share, seed, count, token_id, beat)
     return rows, EpochSampler(in_order(count), count, range(count, count), seed)
 
 

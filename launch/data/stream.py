@@ -34,13 +34,16 @@ class Stream:
     buffer: int
     left_out: frozenset[str] = frozenset()
 
-    def records(self, start: int, seed: int, found: Found) -> Iterator[tuple[int, Record]]:
+    def records(
+        self, start: int, seed: int, found: Found, beat: Callable[[], None] | None = None
+    ) -> Iterator[tuple[int, Record]]:
         """Yield places and their records from place `start` on.
 
         Args:
             start: The first place.
             seed: Of the order; each epoch has another one.
             found: Is told what there is beside the records, with the place before which it was read.
+            beat: Called now and then while sources are read, which takes long where `start` is far.
 
         Raises:
             DataError: If an epoch has no record, or a source cannot be read.
@@ -49,6 +52,8 @@ class Stream:
         while True:
             end = begin
             for number, (block, others) in enumerate(self._blocks()):
+                if beat is not None:
+                    beat()
                 if end >= start:  # else they were told before
                     found.note(end, others)
                 if end + len(block) > start:

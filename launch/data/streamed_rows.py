@@ -1,6 +1,6 @@
 """The rows of a stream by their place: for Trainer rows of a file, of which a resume skips places, not rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from launch.data.records import Note, Record, Rejected
 from launch.data.stream import Stream
 from launch.data.stream_found import Found
 from launch.data.workers import Workers
+from launch.process.ranks import say
 
 ROWS_A_BATCH = 32
 
@@ -63,14 +64,24 @@ class StreamedRows(Dataset):
         seed: Of the stream's order.
         count: How many rows all ranks take together.
         token_id: What blank rows hold.
+        beat: Called now and then while sources are read.
 
     Attributes:
         found: What was found while rows were made.
     """
 
-    def __init__(self, streaming: Streaming, share: Share, seed: int, count: int, token_id: int):
+    def __init__(
+        self,
+        streaming: Streaming,
+        share: Share,
+        seed: int,
+        count: int,
+        token_id: int,
+        beat: Callable[[], None] | None = None,
+    ):
         self.streaming, self.share, self.seed, self.count = streaming, share, seed, count
         self.blank = {"input_ids": [token_id] * 2, "labels": [IGNORED] * 2, "where": BLANK}
+        self.beat = beat
         self.found = Found(streaming.strict, first=share.rank == 0)
         self._rows: Iterator[tuple[int, Mapping[str, Any]]] | None = None
         self._next = 0
@@ -84,6 +95,8 @@ class StreamedRows(Dataset):
             raise RuntimeError(f"row {place} is not of the {self.share} that this rank was to be asked for")
         if self._rows is None or place < self._next:
             self.close()
+            if place >= ROWS_A_BATCH:
+                say(f"data: reading past the first {place:,} rows")
             self._rows = self._encoded(place)
         for here, row in self._rows:
             if here == place:
@@ -113,10 +126,11 @@ class StreamedRows(Dataset):
             yield batch
 
     def _own(self, start: int) -> Iterator[Record | Rejected | Note]:
-        for place, record in self.streaming.stream.records(start, self.seed, self.found):
+        first = start - start % (self.share.ranks * self.share.size)  # at which all ranks start
+        for place, record in self.streaming.stream.records(first, self.seed, self.found, self.beat):
             if place >= self.count:
                 return
-            if self.share.has(place):
+            if place >= start and self.share.has(place):
                 yield record
 
     def _made(self, batch: EncodedBatch) -> Iterator[tuple[Kept | Rejected | Note, Mapping[str, Any]]]:

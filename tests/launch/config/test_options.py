@@ -100,6 +100,11 @@ def test_every_shipped_recipe_parses():
         ({"chunk_bytes": 0}, ("--chunk_bytes", "at least 1", "0")),
         ({"offload": True, "zero": 2}, ("offload", "--zero 3")),
         ({"recipe": "other.yaml"}, ("recipe",)),
+        ({"streaming": True}, ("--streaming reads --data", "none")),
+        ({"streaming": True, "data": ["a", "b"], "data_weights": [1, 2]}, ("--data_weights", "--streaming")),
+        ({"streaming": True, "data": "a", "packing": True}, ("--packing", "--streaming")),
+        ({"streaming": True, "data": "a", "max_rows": 5}, ("--max_rows", "--streaming")),
+        ({"streaming": True, "data": "a", "shuffle_buffer": -1}, ("--shuffle_buffer", "at least 0", "-1")),
         ({"model_config": {"model_type": "llama"}}, ("--model", "--model_config")),
         # a recipe is never code, however it is written
         ({"trust_remote_code": True}, ("trust_remote_code", "--trust_remote_code on the command line")),

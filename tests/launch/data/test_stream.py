@@ -6,7 +6,9 @@ from functools import partial
 import numpy
 import pytest
 
-from launch.common.errors import Reject
+from launch.assemble import check_streaming
+from launch.common.errors import Reject, UserError
+from launch.config.training_arguments import SftTrainingArguments
 from launch.data.blank_rows import BLANK
 from launch.data.encode import Encoder
 from launch.data.encode_batch import BatchEncoder
@@ -204,3 +206,24 @@ def test_the_fingerprint_of_a_stream_sees_sizes_beginnings_and_ends(tmp_path):
     path.write_bytes(content)
     assert source_fingerprint(str(path), streamed=True) in seen  # what is not read
     assert source_fingerprint(str(path)) not in seen
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "--streaming needs --max_steps"),
+        ({"max_steps": 5, "train_sampling_strategy": "group_by_length"}, "--shuffle_buffer 0"),
+        ({"max_steps": 5, "dataloader_num_workers": 2}, "--data_workers"),
+    ],
+)
+def test_what_cannot_go_with_streaming(values, words):
+    with pytest.raises(UserError, match=words):
+        check_streaming(SftTrainingArguments(output_dir="here", use_cpu=True, **values))
+
+
+def test_reading_is_a_sign_of_life(files):
+    beats = []
+    records = stream_of(files, 7).records(2 * len(USABLE) + 8, 0, Found(), lambda: beats.append(1))
+    next(records)
+    # the first epoch's blocks and its empty last one, then those of the third up to the start
+    assert len(beats) == 4 + 2
