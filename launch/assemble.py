@@ -13,7 +13,8 @@ from launch.common.messages import counted
 from launch.common.paths import RUNS
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
-from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
+from launch.config.precision import accumulate_in_fp32, check_precision
+from launch.config.training_arguments import SftTrainingArguments
 from launch.data.batches import PadToLongest
 from launch.data.packing import PadPacked
 from launch.data.prepared import EncodedData
@@ -43,7 +44,8 @@ from smoothing.hf import SmoothedLossCallback
 def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, SftTrainingArguments]:
     """The options, and `TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
     options, config = deepspeed_config(options, values.get("deepspeed"), world_size())
-    check_loss_scale(values.get("fp16", False), config["zero_optimization"]["stage"])
+    check_precision(values, config, options.tp)
+    note = accumulate_in_fp32(values, config)
     defaults = {"use_cpu": not uses_gpu(), "output_dir": str(RUNS)}
     try:
         with rendezvous():
@@ -55,6 +57,8 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
         f"{counted(args.world_size, 'process', 'processes')} on {args.device.type}, tensor parallelism {options.tp}, "
         f"ZeRO {config['zero_optimization']['stage']}, smoothing {options.smoothing:g}, {options.head} head"
     )
+    if note:
+        say(note)
     return options, args
 
 

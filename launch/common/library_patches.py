@@ -139,6 +139,43 @@ def consolidate_buffers(engine) -> None:
     engine._replace_module_consolidated_state_dict = with_buffers
 
 
+def keep_flat_weights(engine) -> None:
+    """Make weights share the memory of an optimizer's flat copy again after each step.
+
+    DeepSpeed 0.19.8 gathers split layers for a checkpoint (`module_inject/layers.py`, `GatherReplacedLayerParams`),
+    then gives their weights other memory. `DeepSpeedZeroOptimizer` points weights to its flat copy after each step;
+    `BF16_Optimizer` (bf16 with fp32 gradients at ZeRO 1) does not, so the weights would stay as they were.
+    Upstream: none found. Test: `test_deepspeeds_bf16_optimizer_leaves_weights_where_they_are`.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, BF16_Optimizer):
+        return
+    update = optimizer.update_lp_params
+
+    def update_and_point() -> None:
+        update()
+        for weights, flat in zip(optimizer.bf16_groups, optimizer.bf16_groups_flat, strict=True):
+            optimizer._update_storage_to_flattened_tensor(tensor_list=weights, flat_tensor=flat)
+
+    optimizer.update_lp_params = update_and_point
+
+
+def name_defaults(optimizer) -> None:
+    """Give optimizers that wrap another the `defaults` of that one, which some schedules read.
+
+    DeepSpeed 0.19.8's optimizers for ZeRO have none; transformers 5.24 takes the learning rate from there for a
+    schedule with min_lr, and for a polynomial one. Upstream: none found.
+    Test: `test_deepspeeds_optimizers_have_no_defaults`.
+    """
+    if hasattr(optimizer, "defaults"):
+        return
+    name_defaults(optimizer.optimizer)
+    if not hasattr(optimizer, "defaults"):  # accelerate's wrapper has those of what it wraps
+        optimizer.defaults = optimizer.optimizer.defaults
+
+
 def place_step_counts(optimizer: Optimizer) -> None:
     """Move a fused optimizer's step counts to the devices of their parameters, after a checkpoint is loaded.
 

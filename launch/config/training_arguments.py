@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from launch.common.errors import UserError
 from launch.config.limits import NEVER_USED, NOT_RESUMABLE, NOT_WITH_DEEPSPEED, REFUSED
 
 # the arguments that `--help` lists; `--help-all` lists the others with the help of transformers
@@ -63,12 +62,3 @@ class SftTrainingArguments(TrainingArguments):
         if self.greater_is_better is None:  # transformers derives it from the name: true for anything but a "loss"
             self.greater_is_better = "accuracy" in (self.metric_for_best_model or "")
         super().__post_init__()
-
-
-def check_loss_scale(fp16: bool, zero: int) -> None:
-    """Raise `UserError` for fp16 without ZeRO."""
-    if fp16 and zero == 0:
-        raise UserError(
-            "--fp16 needs --zero 1 or more: without ZeRO DeepSpeed divides gradients by a loss scale that it never "
-            "multiplied the loss with"
-        )

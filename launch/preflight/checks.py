@@ -11,7 +11,8 @@ from torch import Tensor
 from launch.common.errors import UserError
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
-from launch.config.training_arguments import SftTrainingArguments, check_loss_scale
+from launch.config.precision import accumulate_in_fp32, check_precision
+from launch.config.training_arguments import SftTrainingArguments
 from launch.data.batches import PadToLongest
 from launch.data.load import load_data
 from launch.model.load import load_model
@@ -32,7 +33,8 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     start = time.monotonic()
     options, config = deepspeed_config(options, training_values.get("deepspeed"), None)
     stage = config["zero_optimization"]["stage"]
-    check_loss_scale(training_values.get("fp16", False), stage)
+    check_precision(training_values, config, options.tp)
+    bf16_gradients = bool(accumulate_in_fp32(training_values, config))
     device = torch.device("cuda" if uses_gpu() else "cpu")
     say(hardware(device))
     tokenizer, data = load_data(options)
@@ -50,7 +52,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
         check_split(head_input, max(2, options.tp)),
         *([check_packed_rows(model, tokenizer, data.train[0]["input_ids"], device)] if options.packing else []),
         check_overfit(model, batch, options),
-        *memory_rows(model, options, training_values, stage),
+        *memory_rows(model, options, training_values, stage, bf16_gradients),
         Check("time", f"{time.monotonic() - start:.0f} s"),
     ]
     show(checks)
@@ -69,7 +71,7 @@ def hardware(device: torch.device) -> str:
     )
 
 
-def memory_rows(model, options: SftOptions, training_values: dict, stage: int) -> list[Check]:
+def memory_rows(model, options: SftOptions, training_values: dict, stage: int, bf16_gradients: bool) -> list[Check]:
     """The estimate for the full run, for one and for eight data-parallel ranks."""
     config = model.config.get_text_config()
     rows = micro_batch(training_values)
@@ -86,6 +88,7 @@ def memory_rows(model, options: SftOptions, training_values: dict, stage: int) -
             zero=stage,
             offload=options.offload,
             low_precision=bool(training_values.get("bf16") or training_values.get("fp16")),
+            fp32_gradients=bool(training_values.get("bf16")) and not bf16_gradients,
             checkpointing=bool(training_values.get("gradient_checkpointing")),
             head=options.head,
             chunk_bytes=options.chunk_bytes,

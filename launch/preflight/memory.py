@@ -29,6 +29,7 @@ class Setup:
     zero: int
     offload: bool
     low_precision: bool
+    fp32_gradients: bool  # with low precision: accumulated in fp32
     checkpointing: bool
     head: str
     chunk_bytes: int | None
@@ -41,7 +42,9 @@ def estimate(setup: Setup) -> dict[str, float]:
     own = setup.parameters / setup.tensor_parallel
     shards = setup.data_parallel
     weights = own * value_bytes / (shards if setup.zero >= 3 else 1)
-    gradients = own * value_bytes / (shards if setup.zero >= 2 else 1)
+    gradients = own * (4 if setup.fp32_gradients else value_bytes) / (shards if setup.zero >= 2 else 1)
+    if setup.fp32_gradients and setup.zero == 1:
+        gradients += own * value_bytes  # both, and neither is sharded
     # Adam's two moments, and with low precision an fp32 copy of the weights
     optimizer = own * (12 if setup.low_precision else 8) / (shards if setup.zero >= 1 else 1)
     if setup.offload:

@@ -7,6 +7,7 @@ from transformers import Trainer, TrainerCallback
 from launch.common.library_patches import (
     consolidate_buffers,
     follow_this_schedule,
+    keep_flat_weights,
     keep_fp32_grad_norm,
     place_step_counts,
 )
@@ -29,6 +30,7 @@ class EngineReady(TrainerCallback):
         consolidate_buffers(engine)
         if engine.zero_optimization_stage() == 0:
             keep_fp32_grad_norm(engine)
+        keep_flat_weights(engine)
         if state.global_step:  # a checkpoint was loaded
             place_step_counts(engine.basic_optimizer)
             schedule = self.trainer.lr_scheduler

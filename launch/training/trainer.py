@@ -10,11 +10,12 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from launch.common.errors import UserError
+from launch.common.library_patches import name_defaults
 from launch.common.paths import CHECKPOINT
 from launch.config.limits import BEST_METRICS
 from launch.model.attention_mask import padding_is_unseen
 from launch.process.device import peak_memory_gib
-from launch.process.ranks import from_main, is_main, on_all_ranks
+from launch.process.ranks import from_main, is_main, on_all_ranks, say
 from launch.process.signals import EvaluationCut, Stopped
 from launch.process.watchdog import Watchdog
 from launch.run import checkpoints
@@ -22,6 +23,7 @@ from launch.training.milestones import Milestones
 from launch.training.nonfinite import NonFiniteSteps, check_weights, not_finite
 from launch.training.token_meter import TokenMeter
 from launch.training.trainer_overrides import TrainerWithHooks
+from launch.training.warmup import warmup_problem
 from smoothing import TokenStats
 
 
@@ -64,6 +66,12 @@ class SftTrainer(TrainerWithHooks):
                 f"{type(last).__name__} was added after it"
             )
         return super().train(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None and (problem := warmup_problem(self.args, num_training_steps)):
+            say(f"warning: {problem}")
+        name_defaults(self.optimizer if optimizer is None else optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def count(self, stats: TokenStats) -> None:
         """Take the statistics of a forward; the installed loss calls this."""

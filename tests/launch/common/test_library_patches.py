@@ -12,12 +12,16 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from deepspeed.checkpoint import universal_checkpoint
 from deepspeed.comm.torch import build_shm_op
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from packaging.specifiers import SpecifierSet
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, optimization
 from transformers.integrations import deepspeed as integration
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -127,6 +131,39 @@ def test_deepspeed_consolidates_no_buffers():
         assert (state is None) == (states is None)
         if state is not None:
             assert state.keys() == {"0.weight", "0.running_mean", "0.running_var", "0.num_batches_tracked"}
+
+
+def bf16_optimizer():
+    """One whose fp32 copy of two weights is updated, without the process group that DeepSpeed's own needs."""
+    made = BF16_Optimizer.__new__(BF16_Optimizer)
+    weights = [torch.nn.Parameter(torch.full((2,), float(value))) for value in (1, 2)]
+    made.flatten, made.unflatten = _flatten_dense_tensors, _unflatten_dense_tensors
+    made.bf16_groups, made.bf16_groups_flat = [weights], [made.flatten([weight.data for weight in weights])]
+    made._update_storage_to_flattened_tensor(weights, made.bf16_groups_flat[0])
+    made.update_lp_params = lambda: made.bf16_groups_flat[0].add_(1)
+    return made, weights
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_deepspeeds_bf16_optimizer_leaves_weights_where_they_are(patched):
+    """`_tp_partition` after a gather gives a split weight other memory, as here the second one has."""
+    assert "_update_storage_to_flattened_tensor" not in inspect.getsource(BF16_Optimizer.update_lp_params)
+    optimizer, (first, second) = bf16_optimizer()
+    if patched:
+        patches.keep_flat_weights(SimpleNamespace(optimizer=optimizer))
+    second.data = second.data.clone()
+    optimizer.update_lp_params()
+    assert first.tolist() == [2, 2] and second.tolist() == ([3, 3] if patched else [2, 2])
+
+
+def test_deepspeeds_optimizers_have_no_defaults():
+    for kind in (BF16_Optimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert not hasattr(kind, "defaults") and "self.defaults" not in inspect.getsource(kind)
+    assert 'optimizer.defaults["lr"]' in inspect.getsource(optimization)
+    wrapped = SimpleNamespace(optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5))
+    for outermost in (SimpleNamespace(optimizer=wrapped), wrapped, wrapped.optimizer):
+        patches.name_defaults(outermost)
+        assert outermost.defaults["lr"] == 0.5
 
 
 def test_deepspeed_loads_step_counts_to_where_they_were_saved():

@@ -18,6 +18,7 @@ PLAIN = Setup(
     zero=1,
     offload=False,
     low_precision=True,
+    fp32_gradients=False,
     checkpointing=False,
     head="fused",
     chunk_bytes=1,
@@ -35,6 +36,8 @@ PLAIN = Setup(
         ({"data_parallel": 4}, 2 + 2 + (12 + 6) / 4),
         ({"data_parallel": 4, "zero": 2}, 2 + (2 + 12 + 6) / 4),
         ({"data_parallel": 4, "zero": 3}, (2 + 2 + 12) / 4),
+        ({"data_parallel": 4, "zero": 2, "fp32_gradients": True}, 2 + (4 + 12 + 6) / 4),
+        ({"data_parallel": 4, "zero": 1, "fp32_gradients": True}, 2 + 6 + (12 + 6) / 4),
         ({"zero": 3, "offload": True}, 2),
     ],
 )
