@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import smoothing
-from smoothing.hf import SmoothedLossCallback
+from smoothing.hf import SmoothedLossCallback, UnsmoothLogits
 from smoothing.model.installed_loss import InstalledLoss
 
 HEAD = """# API
@@ -28,6 +28,13 @@ PUBLIC = {
         smoothing.TokenStats: (),
     },
     "Shards": {smoothing.VocabShard: ("whole", "split", "of", "bounds", "size", "real_size")},
+    "Calibration": {
+        smoothing.token_numbers: (),
+        smoothing.linear_token_numbers: (),
+        smoothing.TokenNumbers: (),
+        smoothing.unsmooth: (),
+        UnsmoothLogits: ("of",),
+    },
     "Into a model": {
         smoothing.install_smoothed_loss: (),
         InstalledLoss: ("remove",),

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         watchdog.beat("exporting the model", storage=True)
         if reason := trainer.best_not_exported():
             say(reason)
-        model = export(trainer, tokenizer, args.output_dir)
+        model = export(trainer, tokenizer, args.output_dir, options.smoothing)
         say(f"model: {model}")
         say(next_steps(run.path, model, trainer.state.global_step))
 

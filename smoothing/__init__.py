@@ -4,6 +4,8 @@ From logits, from hidden states, or installed in a Hugging Face model. What is i
 `smoothing.hf` has a callback for `transformers.Trainer`.
 """
 
+from smoothing.calibration.numbers import TokenNumbers, linear_token_numbers, token_numbers
+from smoothing.calibration.unsmooth import unsmooth
 from smoothing.core.call import TokenStats
 from smoothing.install import install_smoothed_loss
 from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
@@ -14,12 +16,16 @@ from smoothing.shard import VocabShard
 __version__ = "0.1.0"
 
 __all__ = [
+    "TokenNumbers",
     "TokenStats",
     "UnsupportedModel",
     "VocabShard",
     "__version__",
     "install_smoothed_loss",
+    "linear_token_numbers",
     "smoothed_cross_entropy",
+    "token_numbers",
+    "unsmooth",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
 ]

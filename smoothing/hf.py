@@ -1,9 +1,12 @@
-"""The smoothed loss in a `transformers.Trainer`."""
+"""The smoothed loss in a `transformers.Trainer`, and smoothing taken out of what `generate` samples from."""
 
 from typing import Any
 
-from transformers import TrainerCallback
+from torch import Tensor
+from transformers import LogitsProcessor, TrainerCallback
 
+from smoothing.calibration.numbers import FLOOR
+from smoothing.calibration.unsmooth import unsmooth
 from smoothing.install import install_smoothed_loss
 from smoothing.model.installed_loss import InstalledLoss
 
@@ -30,3 +33,41 @@ class SmoothedLossCallback(TrainerCallback):
             raise ValueError(f"start one process for each of the {args.n_gpu} GPUs: deepspeed or torchrun SCRIPT")
         if self.installed is None:
             self.installed = install_smoothed_loss(model, **self.options)
+
+
+class UnsmoothLogits(LogitsProcessor):
+    """Takes the smoothing out of the probabilities that `generate` samples from: `logits_processor=[...]`.
+
+    Greedy and beam search choose by order, which a uniform smoothing keeps; sampling meets fewer unlikely tokens.
+
+    Args:
+        label_smoothing: ε that the model was trained with, in [0, 1).
+        floor: see `unsmooth`.
+
+    Raises:
+        ValueError: for an ε outside of [0, 1).
+    """
+
+    def __init__(self, label_smoothing: float, floor: float = FLOOR) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
+        self.label_smoothing, self.floor = float(label_smoothing), floor
+
+    @classmethod
+    def of(cls, model: Any, floor: float = FLOOR) -> "UnsmoothLogits":
+        """Return the processor for the ε in a model's own configuration, where `launch/sft.py` writes it.
+
+        Args:
+            model: a Hugging Face model.
+            floor: see `unsmooth`.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        label_smoothing = getattr(model.config, "label_smoothing", None)
+        if label_smoothing is None:
+            raise ValueError("the model's config.json has no label_smoothing; pass UnsmoothLogits(label_smoothing)")
+        return cls(label_smoothing, floor)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return unsmooth(scores.float().log_softmax(-1), self.label_smoothing, floor=self.floor)

@@ -25,7 +25,7 @@ SMOOTHING = [
     {"core"},
     {"kernels"},
     {"linear"},
-    {"logits_loss", "linear_loss", "reference"},
+    {"logits_loss", "linear_loss", "reference", "calibration"},
     {"model"},
     {"install", "hf", "__init__"},
 ]

@@ -13,7 +13,7 @@ from launch.training.nonfinite import check_weights
 from launch.training.trainer import SftTrainer
 
 
-def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: str) -> Path:
+def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: str, label_smoothing: float) -> Path:
     """Write `output_dir/model` from all ranks' shards, whole or not at all. All ranks must call this.
 
     Raises `RuntimeError` if a weight is missing or has another shape than in its configuration, and `UserError` if a
@@ -25,6 +25,7 @@ def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: 
     def write() -> None:
         model = trainer.model
         model.config.use_cache = True
+        model.config.label_smoothing = label_smoothing  # so that it can be taken out again
         # ZeRO 3 gathers tied weights one by one, as copies; from_pretrained ties them again
         once = {name: weight for name, weight in weights.items() if name not in tied_names(model)}
         assert_complete(once, type(model), model.config)
