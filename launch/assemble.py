@@ -21,6 +21,7 @@ from launch.data.prepared import EncodedData
 from launch.data.sampler import EpochSampler
 from launch.data.splits import Split, heldout_split, streamed_split, training_split
 from launch.data.streamed_rows import Share, StreamedRows
+from launch.model.adapters import with_adapter
 from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
 from launch.model.tensor_parallel.apply import split_model
@@ -152,6 +153,7 @@ def make_trainer(
     model = load_model(options, tokenizer, dtype, args.seed)
     if options.tp > 1:
         split_model(model, args.hf_deepspeed_config.config["tensor_parallel"])
+    model = with_adapter(model, options, args.seed)
     if options.packing and (problem := packing_problem(model)):
         raise UserError(problem)
     pad = PadToLongest(tokenizer.pad_token_id)

@@ -84,9 +84,10 @@ def main(argv: list[str]) -> None:
         watchdog.beat("exporting the model", storage=True)
         if reason := trainer.best_not_exported():
             say(reason)
-        model = export(trainer, tokenizer, args.output_dir, options.smoothing)
+        model = export(trainer, tokenizer, args.output_dir, options.smoothing, options.merge_adapter)
         say(f"model: {model}")
-        say(next_steps(run.path, model, trainer.state.global_step))
+        adapter = options.lora_rank > 0 and not options.merge_adapter
+        say(next_steps(run.path, model, trainer.state.global_step, adapter))
 
 
 def train(trainer: SftTrainer, run: Run) -> None:

@@ -17,6 +17,10 @@ ELSEWHERE = {
     "tokenizer_size": "vocab_size",
     "smoothing": "label_smoothing label_smoothing_eps smoothing_factor epsilon ls",
     "head": "loss loss_head fused",
+    "lora_rank": "lora lora_r use_lora use_peft peft peft_type adapter finetuning_type",
+    "lora_targets": "lora_target lora_target_modules target_modules",
+    "dora": "use_dora",
+    "merge_adapter": "merge merge_lora merge_and_unload",
     "tp": "tensor_parallel tensor_parallel_size tensor_model_parallel_size tp_size autotp_size",
     "zero": "zero_stage stage",
     "offload": "cpu_offload offload_optimizer offload_param zero_offload",
@@ -59,14 +63,13 @@ MORE = {
     "warmup_ratio": "below 1 it is a share of all steps",
     "global_batch_size": "times --gradient_accumulation_steps and the data-parallel ranks",
     "mixed_precision": "--bf16 true or --fp16 true",
+    "use_lora": "16 is usual",
     "wandb": "--report_to wandb",
     "tensorboard": "--report_to tensorboard",
 }
 NOT_OFFERED = {
-    "LoRA and other adapters are not offered: all weights are trained": "lora lora_r lora_rank lora_alpha "
-    "lora_dropout lora_target lora_target_modules use_lora use_peft peft peft_type adapter qlora finetuning_type",
-    "quantised training is not offered; --bf16 true and --zero 3 --offload save memory": "load_in_4bit load_in_8bit "
-    "quantization quantization_bit bnb_4bit_quant_type",
+    "quantised training is not offered; --bf16 true, --lora_rank 16 and --zero 3 --offload save memory": "qlora "
+    "quantize load_in_4bit load_in_8bit quantization quantization_bit bnb_4bit_quant_type",
     "class weights are not offered: every label counts alike": "class_weight class_weights label_weights",
     "pipeline, context and expert parallelism are not offered; --tp and --zero share a model": "pp pp_size "
     "pipeline_parallel_size pipeline_model_parallel_size cp cp_size context_parallel_size ep ep_size",

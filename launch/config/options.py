@@ -5,7 +5,7 @@ A class of flags is a group of `--help`; `SftOptions` is all of them. A recipe's
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from launch.common.errors import UserError
 from launch.config.chat_template import NONE, read_chat_template, reserved
@@ -58,6 +58,33 @@ class ModelFlags:
         default=4000, metadata={"help": "Vocabulary of the SentencePiece tokenizer trained for --model_config."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Let a hub model run code of its own."})
+
+
+@dataclass
+class AdapterFlags:
+    """Few weights beside frozen ones: LoRA, in the names and the files of peft."""
+
+    _argument_group_name = "adapter"
+
+    lora_rank: int = field(default=0, metadata={"help": "Train LoRA adapters of this rank alone; 0: all weights."})
+    lora_alpha: int | None = field(
+        default=None,
+        metadata={"help": "What is learned is scaled by this over the rank (default: twice the rank)."},
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of what an adapter is given."})
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers that are adapted, by the ends of their names, such as q_proj v_proj (default: "
+            "all-linear, which is all but the output head).",
+            "metavar": "NAME",
+            "action": "extend",
+        },
+    )
+    dora: bool = field(default=False, metadata={"help": "DoRA: also learn the length of each weight's rows."})
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Export a whole model, with what was learned added to its weights."}
+    )
 
 
 @dataclass
@@ -187,11 +214,11 @@ class RunFlags:
     )
 
 
-GROUPS = (LossFlags, ModelFlags, DataFlags, ParallelismFlags, RunFlags)
+GROUPS = (LossFlags, ModelFlags, AdapterFlags, DataFlags, ParallelismFlags, RunFlags)
 
 
 @dataclass
-class SftOptions(RunFlags, ParallelismFlags, DataFlags, ModelFlags, LossFlags):
+class SftOptions(RunFlags, ParallelismFlags, DataFlags, AdapterFlags, ModelFlags, LossFlags):
     """All options of this project."""
 
     def __post_init__(self) -> None:
@@ -224,7 +251,7 @@ def check_options(options: SftOptions) -> None:
         raise UserError(f"--samples must be at least 0, got {options.samples}")
     if options.max_length < 8:
         raise UserError(f"--max_length must be at least 8, got {options.max_length}")
-    if problem := _data_problem(options):
+    if problem := _data_problem(options) or _adapter_problem(options):
         raise UserError(problem)
     column_names(options.columns)
     if options.chat_template not in (None, NONE):
@@ -273,6 +300,23 @@ def _streaming_problem(options: SftOptions) -> str | None:
         return "--packing cannot be used with --streaming: sequences are planned from the lengths of all rows"
     if options.max_rows is not None:
         return "--max_rows cannot be used with --streaming; --max_steps says how many rows are read"
+    return None
+
+
+def _adapter_problem(options: SftOptions) -> str | None:
+    if options.lora_rank < 0:
+        return f"--lora_rank must be at least 0, got {options.lora_rank}"
+    if not options.lora_rank:
+        given = [f.name for f in fields(AdapterFlags) if getattr(options, f.name) != f.default]
+        return f"--{given[0]} goes with --lora_rank, which is not given" if given else None
+    if options.lora_alpha is not None and options.lora_alpha < 1:
+        return f"--lora_alpha must be at least 1, got {options.lora_alpha}"
+    if not 0.0 <= options.lora_dropout < 1.0:
+        return f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}"
+    if options.model_config:
+        return "--lora_rank adapts a trained model, and that of --model_config has random weights; give --model"
+    if options.tp > 1:
+        return f"--lora_rank cannot be used with --tp {options.tp}: adapters are not split; share memory by --zero 3"
     return None
 
 

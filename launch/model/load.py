@@ -1,5 +1,7 @@
 """The model of a run: loaded, or built from a configuration, and checked."""
 
+from pathlib import Path
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -15,6 +17,7 @@ from launch.common.library_patches import weightless, without_tensor_parallel
 from launch.common.messages import error_line, typed_error_line
 from launch.config.options import SftOptions
 from launch.data.tokenizer import check_model_path
+from launch.model.adapters import ADAPTER_CONFIG, adapter_as_model
 from launch.model.build import build_model
 from launch.model.checks import check_loaded, check_trainable
 from launch.model.tensor_parallel.problem import split_problem
@@ -40,6 +43,8 @@ def load_model(
 
 def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     check_model_path(options.model)
+    if (Path(options.model) / ADAPTER_CONFIG).exists():
+        raise UserError(adapter_as_model(options.model))
     try:
         if options.tp > 1:
             _check_split(options)
@@ -58,6 +63,8 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
         if has_one_line(error) and not isinstance(error, OSError | SafetensorError):
             raise
         raise UserError(f"--model {options.model} could not be loaded: {typed_error_line(error)}") from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(adapter_as_model(options.model))
     check_loaded(options.model, found)
     return model
 

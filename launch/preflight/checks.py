@@ -15,6 +15,7 @@ from launch.config.precision import accumulate_in_fp32, check_precision
 from launch.config.training_arguments import SftTrainingArguments
 from launch.data.batches import PadToLongest
 from launch.data.load import load_data
+from launch.model.adapters import with_adapter
 from launch.model.load import load_model
 from launch.preflight.loss_checks import capture_head_input, check_formulations, check_heads, check_split
 from launch.preflight.memory import Setup, estimate
@@ -39,7 +40,8 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     say(hardware(device))
     tokenizer, data = load_data(options)
     dtype = torch.bfloat16 if training_values.get("bf16") else torch.float32
-    model = load_model(options, tokenizer, dtype, training_values.get("seed", 42)).to(device)
+    seed = training_values.get("seed", 42)
+    model = with_adapter(load_model(options, tokenizer, dtype, seed), options, seed).to(device)
     rows = data.train.select(range(min(len(data.train), MOST_ROWS, micro_batch(training_values))))
     padded = PadToLongest(tokenizer.pad_token_id)(list(rows))
     batch = {name: value.to(device) for name, value in padded.items() if isinstance(value, Tensor)}
@@ -79,6 +81,7 @@ def memory_rows(model, options: SftOptions, training_values: dict, stage: int, b
     for data_parallel in (1, 8):
         setup = Setup(
             parameters=sum(p.numel() for p in model.parameters()),
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             vocab=config.vocab_size,

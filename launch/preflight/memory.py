@@ -20,6 +20,7 @@ class Setup:
     """What the estimate depends on; sizes in elements, `tokens` of one micro-batch on one rank."""
 
     parameters: int
+    trained: int  # of the parameters; fewer with adapters, and then not the head
     hidden: int
     layers: int
     vocab: int
@@ -39,21 +40,21 @@ class Setup:
 def estimate(setup: Setup) -> dict[str, float]:
     """Estimate GiB per rank, by part and in `total`."""
     value_bytes = 2 if setup.low_precision else 4
-    own = setup.parameters / setup.tensor_parallel
+    own, trained = setup.parameters / setup.tensor_parallel, setup.trained / setup.tensor_parallel
     shards = setup.data_parallel
     weights = own * value_bytes / (shards if setup.zero >= 3 else 1)
-    gradients = own * (4 if setup.fp32_gradients else value_bytes) / (shards if setup.zero >= 2 else 1)
+    gradients = trained * (4 if setup.fp32_gradients else value_bytes) / (shards if setup.zero >= 2 else 1)
     if setup.fp32_gradients and setup.zero == 1:
-        gradients += own * value_bytes  # both, and neither is sharded
+        gradients += trained * value_bytes  # both, and neither is sharded
     # Adam's two moments, and with low precision an fp32 copy of the weights
-    optimizer = own * (12 if setup.low_precision else 8) / (shards if setup.zero >= 1 else 1)
+    optimizer = trained * (12 if setup.low_precision else 8) / (shards if setup.zero >= 1 else 1)
     if setup.offload:
         weights, optimizer = 0.0, 0.0
     kept = KEPT_PER_CHECKPOINTED_LAYER if setup.checkpointing else KEPT_PER_LAYER
     activations = setup.tokens * setup.hidden * setup.layers * kept * value_bytes
     head_bytes = _head_bytes(setup, value_bytes)
     # ZeRO 1 and 2 update from a flat copy of the gradients, in fp32, after activations and logits are freed
-    step = own / shards * (6 if setup.low_precision else 4) if setup.zero in (1, 2) else 0.0
+    step = trained / shards * (6 if setup.low_precision else 4) if setup.zero in (1, 2) else 0.0
     parts = {
         "weights": weights,
         "gradients": gradients,
@@ -74,7 +75,7 @@ def _head_bytes(setup: Setup, value_bytes: int) -> float:
         return setup.tokens * setup.vocab / setup.tensor_parallel * 2 * value_bytes
     weight = setup.vocab // setup.tensor_parallel * setup.hidden * 4
     chunks = setup.chunk_bytes or default_chunk_bytes(weight, setup.device)
-    if not setup.low_precision:
+    if not setup.low_precision or setup.trained < setup.parameters:
         return chunks
     # the weight gradient summed in fp32, and the chunks, which use the space that the rounded gradient takes later
     return weight + max(0.0, chunks - weight / 2)

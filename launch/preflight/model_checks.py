@@ -68,7 +68,7 @@ def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check
     """Train some steps on one batch: the nll must fall by half. A large model trains its last layers only."""
     chosen: list[torch.nn.Parameter] = []
     count = 0
-    for parameter in reversed(list(model.parameters())):
+    for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
         count += parameter.numel()
         if chosen and count > OVERFIT_PARAMETERS:
             parameter.requires_grad_(False)

@@ -7,31 +7,55 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.common.paths import MODEL, MODEL_PARTIAL
+from launch.model.adapters import PEFT_PREFIX, is_adapted
 from launch.process.ranks import from_main
 from launch.run.checkpoints import flush
 from launch.training.nonfinite import check_weights
 from launch.training.trainer import SftTrainer
+from smoothing.install import causal_lm
 
 
-def export(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: str, label_smoothing: float) -> Path:
+def export(
+    trainer: SftTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str,
+    label_smoothing: float,
+    merge: bool = False,
+) -> Path:
     """Write `output_dir/model` from all ranks' shards, whole or not at all. All ranks must call this.
+
+    Of a model with adapters these are written alone, for peft; with `merge` a whole model that they are merged into.
 
     Raises `RuntimeError` if a weight is missing or has another shape than in its configuration, and `UserError` if a
     weight has become infinite or NaN since training began.
     """
     partial, final = Path(output_dir) / MODEL_PARTIAL, Path(output_dir) / MODEL
-    weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    adapted = is_adapted(trainer.model)
+    if adapted:
+        from launch.training import adapter_weights  # needs peft
+
+        weights = adapter_weights.gathered(trainer, with_frozen=merge)
+    else:
+        weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
 
     def write() -> None:
-        model = trainer.model
+        shutil.rmtree(partial, ignore_errors=True)
+        model = causal_lm(trainer.model)
         model.config.use_cache = True
         model.config.label_smoothing = label_smoothing  # so that it can be taken out again
         # ZeRO 3 gathers tied weights one by one, as copies; from_pretrained ties them again
-        once = {name: weight for name, weight in weights.items() if name not in tied_names(model)}
-        assert_complete(once, type(model), model.config)
+        tied = {f"{PEFT_PREFIX if adapted else ''}{name}" for name in tied_names(model)}
+        once = {name: weight for name, weight in weights.items() if name not in tied}
         check_weights(once.items(), trainer.not_finite, "no model is exported")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=once)
+        if adapted and not merge:
+            adapter_weights.check_adapter(trainer.model, once)
+            adapter_weights.save_adapter(trainer.model, once, partial)
+        else:
+            if adapted:
+                merged = adapter_weights.merged(trainer.model, once)
+                once = {name: weight for name, weight in merged.items() if name not in tied_names(model)}
+            assert_complete(once, type(model), model.config)
+            model.save_pretrained(partial, state_dict=once)
         tokenizer.save_pretrained(partial)
         flush(partial)
         partial.rename(final)

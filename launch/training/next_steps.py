@@ -12,22 +12,31 @@ TRY_IT = (
 )
 
 
-def next_steps(run: Path, model: Path, steps: int) -> str:
-    """Return commands that try the model of this run, evaluate it on other rows, and train it further.
+def next_steps(run: Path, model: Path, steps: int, adapter: bool = False) -> str:
+    """Return commands that try the model of this run, evaluate it on other rows or merge it, and train it further.
 
-    A run without a checkpoint (--save_strategy no) is trained further from its model, with a new optimizer.
+    A run without a checkpoint (--save_strategy no) is trained further from its model, with a new optimizer; its
+    adapter can only be tried.
     """
     code = TRY_IT.format(model=json.dumps(str(model)))
     further = f"--resume_from_checkpoint {shlex.quote(str(run))} --max_steps {2 * steps}"
-    if not checkpoints(run):
+    kept = bool(checkpoints(run))
+    if not kept:
         further = f"--model {shlex.quote(str(model))} (no checkpoint was kept, so the optimizer starts anew)"
     rows = "--data ROWS.jsonl --eval_data ROWS.jsonl"
+    evaluate = [
+        f"  evaluate it:    python launch/sft.py --model {shlex.quote(str(model))} {rows} --max_steps 1",
+        "                  (the first line `held out` is of the model as it is)",
+    ]
+    merge = [
+        f"  merge it:       mv {shlex.quote(str(model))} {shlex.quote(f'{model}-adapter')}; this command with",
+        f"                  --output_dir {shlex.quote(str(run))} --merge_adapter true",
+    ]
     return "\n".join(
         [
             "next:",
             f"  try it:         python -c {shlex.quote(code)}",
-            f"  evaluate it:    python launch/sft.py --model {shlex.quote(str(model))} {rows} --max_steps 1",
-            "                  (the first line `held out` is of the model as it is)",
-            f"  train further:  this command with {further}",
+            *(evaluate if not adapter else merge if kept else []),
+            *([f"  train further:  this command with {further}"] if kept or not adapter else []),
         ]
     )

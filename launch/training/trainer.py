@@ -25,6 +25,7 @@ from launch.training.token_meter import TokenMeter
 from launch.training.trainer_overrides import TrainerWithHooks
 from launch.training.warmup import warmup_problem
 from smoothing import TokenStats
+from smoothing.install import causal_lm
 
 
 class SftTrainer(TrainerWithHooks):
@@ -56,7 +57,7 @@ class SftTrainer(TrainerWithHooks):
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
         self._where: list[str] = []
-        self._padding_is_unseen = padding_is_unseen(self.model)
+        self._padding_is_unseen = padding_is_unseen(causal_lm(self.model))
 
     def train(self, *args, **kwargs):
         last = self.callback_handler.callbacks[-1]

@@ -119,8 +119,9 @@ def test_words_of_other_tools_lead_to_flags_that_exist():
     ("name", "words"),
     [
         ("resume", "'resume_from_checkpoint'? (the same command with the same --output_dir resumes by itself)"),
-        ("lora_r", "adapters are not offered"),
-        ("lora-r", "adapters are not offered"),
+        ("lora_r", "'lora_rank'?"),
+        ("lora-r", "'lora_rank'?"),
+        ("qlora", "quantised training is not offered"),
         ("do_eval_only", "'eval_strategy'? (a run trains; "),
         ("epochs", "'num_train_epochs'?"),
         ("epoch", "'num_train_epochs'?"),

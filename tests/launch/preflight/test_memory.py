@@ -9,6 +9,7 @@ from launch.preflight.memory import Setup, estimate
 
 PLAIN = Setup(
     parameters=10**9,
+    trained=10**9,
     hidden=1,
     layers=1,
     vocab=1,
@@ -39,6 +40,8 @@ PLAIN = Setup(
         ({"data_parallel": 4, "zero": 2, "fp32_gradients": True}, 2 + (4 + 12 + 6) / 4),
         ({"data_parallel": 4, "zero": 1, "fp32_gradients": True}, 2 + 6 + (12 + 6) / 4),
         ({"zero": 3, "offload": True}, 2),
+        ({"trained": 10**8}, 2 + (2 + 12 + 6) / 10),
+        ({"trained": 10**8, "zero": 3, "data_parallel": 4}, (2 + (2 + 12) / 10) / 4),
     ],
 )
 def test_bytes_a_weight(changes, bytes_a_weight):
@@ -50,6 +53,7 @@ def test_what_the_head_holds():
     sizes = replace(PLAIN, vocab=128_000, hidden=4096, chunk_bytes=None)
     for changes, weights in (({}, 4), ({"low_precision": False}, 2), ({"chunk_bytes": 128_000 * 4096 * 3}, 5)):
         assert estimate(replace(sizes, **changes))["head"] * GIB == weights * 128_000 * 4096
+    assert estimate(replace(sizes, trained=1))["head"] * GIB == 2 * 128_000 * 4096, "a frozen weight has no gradient"
 
 
 def test_an_update_takes_the_place_of_activations():

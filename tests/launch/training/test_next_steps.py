@@ -35,6 +35,9 @@ def test_the_commands_work(tmp_path, capsys):
         "resume_from_checkpoint": f"{tmp_path}/it's here",
         "max_steps": 600,
     }
+    words = command(next_steps(run, model, 300, adapter=True), "merge it")
+    assert words[:3] == ["mv", f"{model}", f"{model}-adapter;"]
+    assert "train further" not in next_steps(tmp_path, model, 300, adapter=True), "there is no checkpoint"
 
 
 def test_a_run_without_a_checkpoint_is_trained_further_from_its_model(tmp_path):

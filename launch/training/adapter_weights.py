@@ -1,0 +1,52 @@
+"""What is exported of a model with adapters: the adapters alone, or a whole model that they are merged into."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from launch.training.trainer import SftTrainer
+
+
+def gathered(trainer: SftTrainer, with_frozen: bool) -> Mapping[str, Tensor]:
+    """Return the adapters' weights by name, or all weights; whole on rank 0. All ranks must call this."""
+    if with_frozen:
+        return trainer.accelerator.get_state_dict(trainer.deepspeed) or {}
+    if trainer.deepspeed.zero_optimization_stage() == 3:
+        return trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
+    return {name: p.detach().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def check_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
+    """Raise `RuntimeError` unless these are all weights that are trained, in their shapes."""
+    wanted = {name: tuple(p.shape) for name, p in twin(model).named_parameters() if p.requires_grad}
+    got = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if wrong := {name: (got.get(name), wanted.get(name)) for name, _ in wanted.items() ^ got.items()}:
+        raise RuntimeError(f"the adapter to export is not complete: (got, expected) {wrong}")
+
+
+def save_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write peft's files, and the generation configuration, whose stops were learned."""
+    model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, not filled in
+    if (generation := model.get_base_model().generation_config) is not None:
+        generation.save_pretrained(folder)
+
+
+def merged(model: PeftModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the model without adapters that computes the same, by the names that it has."""
+    whole = twin(model)
+    whole.load_state_dict(weights, strict=False, assign=True)
+    whole.get_base_model().tie_weights()  # else peft would take the one for another
+    return whole.merge_and_unload(safe_merge=True).state_dict()
+
+
+def twin(model: PeftModel) -> PeftModel:
+    """Return the same model built anew on the meta device, outside what ZeRO 3 partitions."""
+    base, config = model.get_base_model(), copy.deepcopy(model.peft_config["default"])
+    with torch.device("meta"):
+        # the class itself: under ZeRO 3 `from_config` would partition the model, with collectives, on this rank alone
+        return get_peft_model(type(base)(copy.deepcopy(base.config)), config, autocast_adapter_dtype=False)

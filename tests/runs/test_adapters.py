@@ -1,0 +1,152 @@
+"""LoRA and DoRA: on one process and on two ranks the same losses and adapter, which peft loads; resume; merging."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.support.small_run import flags, launch_many, metrics, write_data, write_model
+
+GLOBAL_BATCH = 8
+COMMON = {
+    "smoothing": 0.1,
+    "optim": "sgd",  # as in test_runs_agree
+    "learning_rate": 0.3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_steps": 4,
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "max_length": 96,
+    "samples": 0,
+    "save_strategy": "no",
+    "lora_rank": 4,
+    "lora_alpha": 32,
+}
+DORA = {"dora": True}
+MERGED = {"merge_adapter": True}
+# name: ranks, ZeRO stage, whether embeddings are tied, more
+RUNS = {
+    "one": (1, 0, False, {}),
+    "one-tied": (1, 1, True, {}),
+    "one-dora": (1, 0, False, DORA),
+    "one-merged": (1, 1, False, MERGED | {"gradient_checkpointing": True}),
+    "one-dora-merged": (1, 2, False, DORA | MERGED),
+    "one-resumed": (1, 1, False, {"save_strategy": "steps", "save_steps": 2}),
+    "two-zero0": (2, 0, False, {}),
+    "two-zero1": (2, 1, False, {}),
+    "two-zero2": (2, 2, False, {}),
+    "two-zero3": (2, 3, False, {}),
+    "two-dora-zero2": (2, 2, False, DORA),
+    "two-dora-zero3": (2, 3, False, DORA),
+    "two-tied-merged-zero3": (2, 3, True, MERGED),
+}
+
+
+def arguments(folder: Path, name: str, **more) -> list[str]:
+    ranks, zero, tied, values = RUNS[name]
+    places = {"model": folder / ("model-tied" if tied else "model-untied"), "data": folder / "train.jsonl"}
+    size = {"zero": zero, "per_device_train_batch_size": GLOBAL_BATCH // ranks, "output_dir": folder / name}
+    return flags(COMMON | places | size | values | more)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    write_data(folder)
+    for tied in (False, True):
+        write_model(folder, tied)
+    for ranks in (1, 2):
+        launch_many(folder, ranks, [arguments(folder, name) for name, run in RUNS.items() if run[0] == ranks])
+    return folder
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+def logits(model, ids=((5, 9, 17, 33, 2, 40, 8),)) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(ids)).logits
+
+
+def base(folder: Path, tied: bool = False):
+    return AutoModelForCausalLM.from_pretrained(folder / ("model-tied" if tied else "model-untied"))
+
+
+def assert_same_losses(run: Path, alone: Path) -> None:
+    want, have = ([row for row in metrics(path) if "loss" in row] for path in (alone, run))
+    assert len(want) == len(have) == COMMON["max_steps"]
+    for one, other in zip(want, have, strict=True):
+        for key in ("loss", "nll", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), (key, one["step"])
+
+
+PAIRS = [
+    (name, "one-dora" if "dora" in name else "one") for name in RUNS if name.startswith("two") and "tied" not in name
+]
+
+
+@pytest.mark.parametrize(("name", "alone"), PAIRS)
+def test_same_losses_and_same_adapter(runs, name, alone):
+    assert_same_losses(runs / name, runs / alone)
+    want, have = adapter(runs / alone), adapter(runs / name)
+    assert have.keys() == want.keys()
+    for key, weight in want.items():
+        torch.testing.assert_close(
+            have[key], weight, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "merged"),
+    [("one", "one-merged"), ("one-dora", "one-dora-merged"), ("one-tied", "two-tied-merged-zero3")],
+)
+def test_peft_loads_what_was_trained(runs, name, merged):
+    """The adapter on the base computes what the merged model of the same run does."""
+    tied = "tied" in name
+    adapted = PeftModel.from_pretrained(base(runs, tied), runs / name / "model")
+    whole = AutoModelForCausalLM.from_pretrained(runs / merged / "model")
+    assert_same_losses(runs / merged, runs / name)
+    assert not (runs / merged / "model" / "adapter_config.json").exists()
+    assert (whole.lm_head.weight is whole.model.embed_tokens.weight) == tied
+    torch.testing.assert_close(logits(whole), logits(adapted), rtol=1e-4, atol=1e-5)
+    difference = (logits(adapted) - logits(base(runs, tied))).abs().max()
+    assert difference > 0.1
+
+
+def test_only_the_adapter_is_trained_and_exported(runs):
+    """14 linear layers of two blocks; transformers finds the base by the adapter's configuration."""
+    weights = adapter(runs / "one")
+    assert len(weights) == 28 and not any("lm_head" in name for name in weights)
+    assert {weight.shape[0 if "lora_A" in name else 1] for name, weight in weights.items()} == {4}
+    assert sorted(path.name for path in (runs / "one/model").iterdir() if "token" not in path.name) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+    ]
+    found = AutoModelForCausalLM.from_pretrained(runs / "one/model")
+    adapted = PeftModel.from_pretrained(base(runs), runs / "one/model")
+    torch.testing.assert_close(logits(found), logits(adapted))
+    whole = AutoModelForCausalLM.from_pretrained(runs / "one-merged/model")
+    assert torch.equal(whole.lm_head.weight, base(runs).lm_head.weight)
+
+
+def test_resume_is_exact(runs):
+    """A checkpoint holds no frozen weight, and the run goes on from it to the same adapter, bit for bit."""
+    run = runs / "one-resumed"
+    checkpoint = run / "checkpoint-2"
+    small = sum(path.stat().st_size for path in checkpoint.rglob("*model*"))
+    assert small < (runs / "model-untied/model.safetensors").stat().st_size
+    before = adapter(run)
+    (run / "model").rename(run / "model-before")
+    (run / "checkpoint-4").rename(run / "set-aside")
+    printed = launch_many(runs, 1, [arguments(runs, "one-resumed")])
+    assert "checkpoint-2" in printed
+    after = adapter(run)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(torch.equal(adapter(runs / "one")[name], weight) for name, weight in before.items())
