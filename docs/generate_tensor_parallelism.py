@@ -31,7 +31,12 @@ head is split. What DeepSpeed cannot split is refused before the weights are loa
 no linear layer named `lm_head` or `embed_out`, an embedding tied to the head that does more than look up rows, more
 ranks than attention heads.
 
-A DeepSpeed file with a `partition_config` or `preset_model` of its own is left as it is, and is yours to check.
+`--sanity --tp N` does the split with N processes on the CPU and compares one step of plain gradient descent, weight
+by weight, with one process's: a lost gradient changes no loss in the first step. For a model of more than 20 million
+parameters a small copy stands, its architecture and heads with two narrow layers, and the table says so; where none
+can be built, or the model has code of its own, the table says that it was not tried.
+
+A DeepSpeed file with a `partition_config` or `preset_model` of its own is left as it is; `--sanity` checks that one.
 
 | kind | split | gathered |
 |---|---|---|

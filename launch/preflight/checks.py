@@ -20,6 +20,7 @@ from launch.model.load import load_model
 from launch.preflight.loss_checks import capture_head_input, check_formulations, check_heads, check_split
 from launch.preflight.memory import Setup, estimate
 from launch.preflight.model_checks import check_installed, check_mask, check_overfit, check_packed_rows
+from launch.preflight.model_split import check_model_split
 from launch.preflight.table import Check, show
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, world_size
@@ -52,6 +53,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
         *check_heads(head_input),
         *check_installed(model, batch, options),
         check_split(head_input, max(2, options.tp)),
+        *([check_model_split(model, options, config["tensor_parallel"])] if options.tp > 1 else []),
         *([check_packed_rows(model, tokenizer, data.train[0]["input_ids"], device)] if options.packing else []),
         check_overfit(model, batch, options),
         *memory_rows(model, options, training_values, stage, bf16_gradients),

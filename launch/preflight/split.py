@@ -1,10 +1,7 @@
 """Simulation of a run's vocabulary split on one machine, with one process per tensor-parallel rank."""
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -12,9 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from launch.preflight.ranks import join, run_ranks
 from smoothing import VocabShard, vocab_parallel_cross_entropy
-
-TIME_LIMIT = 300  # seconds
 
 
 def simulate_split(logits_TV: Tensor, target_T: Tensor, smoothing: float, ranks: int) -> tuple[list[float], float]:
@@ -25,7 +21,7 @@ def simulate_split(logits_TV: Tensor, target_T: Tensor, smoothing: float, ranks:
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save((logits_TV, target_T, smoothing), Path(folder) / "input.pt")
-        _start(ranks, folder)
+        run_ranks("launch.preflight.split", ranks, folder)
         results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     truth_TV = logits_TV.double().requires_grad_()
     F.cross_entropy(truth_TV, target_T, label_smoothing=smoothing).backward()
@@ -34,30 +30,8 @@ def simulate_split(logits_TV: Tensor, target_T: Tensor, smoothing: float, ranks:
     return [loss for loss, _ in results], error.item()
 
 
-def _start(ranks: int, folder: str) -> None:
-    """Run each rank in a process of its own; kill the others as soon as one fails."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "launch.preflight.split", str(ranks), folder]
-    started = [
-        subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(ranks)
-    ]
-    deadline = time.monotonic() + TIME_LIMIT
-    while any(process.poll() is None for process in started):
-        if any(process.poll() for process in started) or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    states = [process.poll() for process in started]
-    for process in started:
-        process.kill()
-    if any(state != 0 for state in states):
-        failed = [process.communicate()[1] for process, state in zip(started, states, strict=True) if state]
-        raise RuntimeError("\n".join(failed) or f"no result within {TIME_LIMIT} s")
-
-
 def _one_rank(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    join(rank, ranks, folder)
     logits_TV, target_T, smoothing = torch.load(Path(folder) / "input.pt", weights_only=True)
     shard = VocabShard.split(logits_TV.shape[1], dist.group.WORLD)
     own_TS = logits_TV[:, shard.start : shard.stop].clone().requires_grad_()

@@ -59,7 +59,8 @@ def test_a_sound_run_passes(folder):
     command = [sys.executable, str(ROOT / "launch/sft.py"), "--sanity", *flags(given)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("│ pass │") == 14 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
+    assert done.stdout.count("│ pass │") == 15 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
+    assert "model split over 3 ranks" in done.stdout and "the model itself: loss" in " ".join(done.stdout.split())
     assert not (folder / "runs").exists()
 
 
