@@ -70,6 +70,13 @@ def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBa
             f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {size}; resize the model's "
             "embeddings, or use the tokenizer that came with it"
         )
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens with gaps in their ids: {token!r} has {largest}, and the "
+            f"model a vocabulary of {size}; resize the model's embeddings to {largest + 1}, or use the tokenizer "
+            "that came with it"
+        )
 
 
 def _check_generation(model: PreTrainedModel) -> None:

@@ -38,7 +38,19 @@ def load_model(
     check_trainable(model, tokenizer, options)
     check_model(causal_lm(model), options.head)
     model.config.use_cache = False
+    train_every_row(model)
     return model
+
+
+def train_every_row(model: PreTrainedModel) -> None:
+    """Let the embedding of the padding token learn: it may be that of EOS, and an export says so.
+
+    torch gives the row of `padding_idx` no gradient. Padding itself gets none anyway: nothing attends to it, and
+    it has no label.
+    """
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None
 
 
 def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:

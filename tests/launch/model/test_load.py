@@ -1,5 +1,6 @@
 """A model from a configuration: mistakes are sentences; and an export is held to what the configuration says."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from launch.data.train_tokenizer import train_tokenizer
 from launch.model.load import load_model
 from launch.training.export import assert_complete
 from smoothing import UnsupportedModel
+from tests.support.tokenizers import byte_level
 
 SMALL = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -234,3 +236,42 @@ def test_an_export_that_is_not_whole(break_):
     else:
         with pytest.raises(RuntimeError, match="not complete"):
             assert_complete(weights, LlamaForCausalLM, config)
+
+
+def save(folder, tokenizer, **config):
+    values = {name: value for name, value in SMALL.items() if name != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**values | {"vocab_size": len(tokenizer)} | config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    options = SftOptions(model=str(folder))
+    return options, load_tokenizer(options)
+
+
+@pytest.mark.parametrize("pad", ["</s>", None, "<pad>"])
+def test_eos_is_learned_though_it_is_the_padding_too(tmp_path, tokenizer, pad):
+    """As in an export of a model whose tokenizer has no padding; `None`: that tokenizer itself."""
+    given = copy.deepcopy(tokenizer)
+    given.pad_token = pad
+    padding = given.eos_token_id if pad is None else given.pad_token_id
+    options, loaded = save(tmp_path, given, pad_token_id=padding)
+    model = load_model(options, loaded, torch.float32, seed=0)
+    eos = loaded.eos_token_id
+    ids = torch.tensor([[5, eos, 6, 7, loaded.pad_token_id]])
+    labels = torch.tensor([[5, eos, 6, 7, -100]])
+    model(input_ids=ids, labels=labels, attention_mask=torch.tensor([[1, 1, 1, 1, 0]])).loss.backward()
+    moved = model.get_input_embeddings().weight.grad.abs().sum(1) > 0
+    assert moved.nonzero().flatten().tolist() == sorted([5, 6, eos])
+
+
+def test_a_vocabulary_with_gaps_is_told_before_the_first_step(tmp_path):
+    options, _ = save(tmp_path, byte_level("</s>"))
+    file = tmp_path / "tokenizer.json"
+    pieces = json.loads(file.read_text())
+    first = next(iter(pieces["model"]["vocab"]))
+    pieces["model"]["vocab"][first] = 401
+    file.write_text(json.dumps(pieces))
+    loaded = load_tokenizer(options)
+    size = LlamaConfig.from_pretrained(tmp_path).vocab_size
+    assert len(loaded) <= size < 401
+    with pytest.raises(UserError) as error:
+        load_model(options, loaded, torch.float32, seed=0)
+    assert all(word in str(error.value) for word in (f"{first!r} has 401", f"a vocabulary of {size}", "to 402"))
