@@ -31,7 +31,10 @@ class Cache:
     """Entries under one directory, each written whole by one process, also if several want it at once."""
 
     def __init__(self, directory: str | None):
-        self.root = Path(directory).expanduser() if directory else Path(datasets.config.HF_DATASETS_CACHE) / FOLDER
+        try:
+            self.root = Path(directory or Path(datasets.config.HF_DATASETS_CACHE) / FOLDER).expanduser()
+        except RuntimeError as error:  # the home of a user that does not exist
+            raise UserError(f"--data_cache {directory} is not a usable path ({error}); name another") from None
 
     def find_or_make(
         self, name: str, problem: Callable[[Path], str | None], make: Callable[[Path], None]

@@ -23,7 +23,7 @@ def preview(options: SftOptions, training_values: dict[str, Any], day: date) -> 
     if not is_main():
         return
     tokenizer, data = load_data(replace(options, max_dropped=1.0), day)
-    folder = Path(training_values.get("output_dir") or RUNS / PREVIEW).expanduser()
+    folder = Path(training_values.get("output_dir") or RUNS / PREVIEW)
     seed = training_values.get("seed", SftTrainingArguments.seed)
     encoder = make_encoder(options, tokenizer, day)
     files = write_preview(folder, data, encoder, run_sources(options), options.preview, seed)

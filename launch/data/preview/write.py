@@ -60,13 +60,14 @@ def write_preview(
     names = ", ".join(one_line(source.name) for source in sources.train)
     text = page(names, facts(data, encoder.encode, list(shown.values())), sections)
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / PREVIEW_HTML, text)
         write_whole(folder / PREVIEW_JSONL, json_lines(shown.values()))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that does not exist
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"no preview can be written into {folder}: {error.strerror or error}; name another directory with "
-            "--output_dir"
+            f"no preview can be written into {folder}: {reason}; name another directory with --output_dir"
         ) from None
     return folder / PREVIEW_HTML, folder / PREVIEW_JSONL
 

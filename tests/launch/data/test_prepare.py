@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,10 +211,12 @@ def test_nothing_is_kept_of_a_preparation_that_failed(source, tmp_path, monkeypa
     load_data(options(source, tmp_path))
 
 
-def test_a_cache_that_cannot_be_written_names_the_flag(source, tmp_path):
-    (tmp_path / "cache").write_text("")
+@pytest.mark.parametrize("cache", ["file", "file/in", "~nobody-of-this-name/cache"])
+def test_a_cache_that_cannot_be_written_names_the_flag(source, tmp_path, cache):
+    (tmp_path / "file").write_text("")
+    cache = cache if cache.startswith("~") else str(tmp_path / cache)
     with pytest.raises(UserError, match="--data_cache"):
-        load_data(options(source, tmp_path))
+        load_data(replace(options(source, tmp_path), data_cache=cache))
 
 
 def test_strict_holds_for_the_cache_too(source, tmp_path):

@@ -58,13 +58,15 @@ def assistant(text: str, **more) -> dict:
     return {"role": "assistant", "content": text} | more
 
 
-def preview(folder: Path, rows: list, tokenizer, count=10, seed=0, max_length=64, **options) -> tuple[str, list]:
+def preview(
+    folder: Path, rows: list, tokenizer, count=10, seed=0, max_length=64, out: Path | None = None, **options
+) -> tuple[str, list]:
     """Write the rows as a file, prepare it, and return the page and the lines of its preview."""
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = prepared(str(source), tokenizer, max_length, **options)
     encoder = BatchEncoder(tokenizer, Encoder(tokenizer, max_length))
-    page, lines = write_preview(folder / "out", data, encoder, sources_of([str(source)]), count, seed)
+    page, lines = write_preview(out or folder / "out", data, encoder, sources_of([str(source)]), count, seed)
     return page.read_text("utf-8"), [json.loads(line) for line in lines.read_text("utf-8").split("\n")[:-1]]
 
 
@@ -413,8 +415,11 @@ def test_a_start_loads_no_model_and_claims_no_run(folder):
 
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):
     (tmp_path / "out").write_text("")
+    rows = [{"prompt": "a", "completion": "b"}]
     with pytest.raises(UserError, match=r"no preview can be written into .*--output_dir"):
-        preview(tmp_path, [{"prompt": "a", "completion": "b"}], byte_level("<|im_end|>"))
+        preview(tmp_path, rows, byte_level("<|im_end|>"))
+    with pytest.raises(UserError, match=r"no preview can be written into .*--output_dir"):
+        preview(tmp_path, rows, byte_level("<|im_end|>"), out=Path("~nobody-of-this-name"))
 
 
 @pytest.mark.parametrize(
