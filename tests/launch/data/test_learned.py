@@ -135,6 +135,9 @@ def test_blanks_without_offsets_are_learned_with_their_answer(answer):
     assert learned_texts(row, tokenizer) == [f"{answer}<|im_end|>", "4<|im_end|>"]
     text = encode(TextExample("Q:", f"{answer}x", "f:1"), tokenizer, 256)
     assert learned_texts(text, tokenizer) == [f"{answer}x<|im_end|>"]
+    for ending in ("x", " x  ", "x\n\n"):
+        row = encode(TextExample("Q:", answer + ending, "f:1"), tokenizer, 256)
+        assert learned_texts(row, tokenizer) == [f"{answer}{ending}<|im_end|>"]
 
 
 def test_text_without_a_prompt_is_learned_whole():
