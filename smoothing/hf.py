@@ -20,8 +20,9 @@ class SmoothedLossCallback(TrainerCallback):
         **options: keyword arguments of `install_smoothed_loss`.
 
     Raises:
-        ValueError: in `on_train_begin`, in a process with several GPUs, whose model Trainer would copy to each; and
-            what `install_smoothed_loss` raises.
+        ValueError: in `on_train_begin`, in a process with several GPUs, whose model Trainer would copy to each, with
+            a `label_smoothing_factor`, and what `install_smoothed_loss` raises; before the first step of the
+            optimizer if the loss has not been called, as with a `compute_loss_func`, which a callback cannot see.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -31,8 +32,20 @@ class SmoothedLossCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.n_gpu > 1:  # nn.DataParallel copies the model, and a copy's forward would be this one's
             raise ValueError(f"start one process for each of the {args.n_gpu} GPUs: deepspeed or torchrun SCRIPT")
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} of the TrainingArguments would take the "
+                "labels away from the installed loss: set it to 0; SmoothedLossCallback has its own label_smoothing="
+            )
         if self.installed is None:
             self.installed = install_smoothed_loss(model, **self.options)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.installed is not None and not self.installed.called:
+            raise ValueError(
+                "the trainer has computed another loss than the installed one, which has not been called: "
+                "compute_loss_func, or a compute_loss of its own, takes the labels away from it; leave it out"
+            )
 
 
 class UnsmoothLogits(LogitsProcessor):

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
 from smoothing.linear.chunks import chunk_bytes_problem
+from smoothing.model.head_weight import acting_head, linear_problem
 from smoothing.model.installed_loss import Installation, InstalledLoss, OnStats
-from smoothing.model.support import UnsupportedModel, fusing_problem, own_softcap, smoothing_problem
+from smoothing.model.support import UnsupportedModel, own_scale, own_softcap, smoothing_problem
 
 HEADS = ("fused", "sharded", "dense")
 
@@ -22,6 +23,7 @@ def install_smoothed_loss(
     smoothing_prior: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
+    logit_scale: float | None = None,
     on_stats: OnStats | None = None,
     chunk_bytes: int | None = None,
     logits_in_eval: bool = True,
@@ -42,6 +44,7 @@ def install_smoothed_loss(
         smoothing_prior: `[S]` floating point, this rank's slice of a distribution over the vocabulary; None: uniform.
         z_loss: weight of `lse(z)²`, at least 0.
         logit_softcap: `cap` of `cap·tanh(z / cap)`; None: the model's own, or none.
+        logit_scale: what logits are multiplied by; None: what the model itself does (Granite, Cohere), or nothing.
         on_stats: called with the `TokenStats` of each forward.
         chunk_bytes: what the logits of a chunk may take with the fused head; None: see
             `vocab_parallel_linear_cross_entropy`.
@@ -58,21 +61,36 @@ def install_smoothed_loss(
     Collectives:
         None here. In a forward those of the loss; where logits are gathered from a sharded head, two all-gathers.
     """
-    options = LossOptions(label_smoothing, ignore_index, "mean", z_loss, logit_softcap)
+    options = LossOptions(
+        label_smoothing, ignore_index, "mean", z_loss, logit_softcap, 1.0 if logit_scale is None else logit_scale
+    )
     if problem := options.problem() or chunk_bytes_problem(chunk_bytes) or _prior_problem(smoothing_prior):
         raise ValueError(problem)
     model = causal_lm(model)
     check_model(model, head)
     if isinstance(model.loss_function, InstalledLoss):
         raise ValueError("this model has a smoothed loss installed already; call its .remove() first")
-    if head == "dense" and (smoothing_prior is not None or z_loss > 0 or logit_softcap is not None):
-        raise ValueError("head='dense' is F.cross_entropy: it has no smoothing_prior, z_loss or logit_softcap")
+    scale = own_scale(model)
+    if scale != 1 and logit_scale not in (None, scale):
+        raise ValueError(
+            f"this model multiplies its logits by {scale} itself, got logit_scale={logit_scale}; leave it out"
+        )
+    # what the model does itself is done whatever the head
+    extras = (smoothing_prior, logit_softcap, None if logit_scale in (1, scale) else logit_scale)
+    if head == "dense" and (z_loss > 0 or any(extra is not None for extra in extras)):
+        raise ValueError(
+            "head='dense' is F.cross_entropy: it has no smoothing_prior, z_loss, logit_softcap or logit_scale"
+        )
     own = own_softcap(model)
     if own is not None and logit_softcap not in (None, own):
         raise ValueError(
             f"this model caps its logits at {own} itself, got logit_softcap={logit_softcap}; leave it out"
         )
-    options = replace(options, logit_softcap=logit_softcap if own is None else own)
+    options = replace(
+        options,
+        logit_softcap=logit_softcap if own is None else own,
+        logit_scale=options.logit_scale if scale == 1 else scale,
+    )
     settings = Installation(options, head, smoothing_prior, on_stats, chunk_bytes, logits_in_eval)
     return InstalledLoss(model, settings)
 
@@ -88,8 +106,8 @@ def check_model(model: nn.Module, head: str) -> None:
     """Raise if this causal LM's loss cannot be replaced, or its output head cannot serve as this `head`.
 
     A loss cannot be replaced that is not a causal LM's, or that the model adds a z-loss of its own to. A head cannot
-    be fused that is no plain linear layer, or whose logits the model scales; what a model does without saying so in
-    its configuration raises in the first forward.
+    be fused that is no linear layer; what a model does to its logits without saying so in its configuration raises in
+    the first forward.
 
     Args:
         model: a Hugging Face causal LM.
@@ -101,12 +119,12 @@ def check_model(model: nn.Module, head: str) -> None:
     """
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-    if problem := smoothing_problem(model) or (fusing_problem(model) if head == "fused" else None):
+    if problem := smoothing_problem(model) or (linear_problem(acting_head(model)) if head == "fused" else None):
         raise UnsupportedModel(problem)
 
 
 def causal_lm(model: Any) -> Any:
-    """Return the causal LM inside a DeepSpeed engine or a PEFT wrapper: what has `loss_function` and a head.
+    """Return the causal LM inside an engine, DDP, `torch.compile` or PEFT: what has `loss_function` and a head.
 
     Args:
         model: the causal LM, or what wraps it.
@@ -115,8 +133,8 @@ def causal_lm(model: Any) -> Any:
         UnsupportedModel: if there is none.
     """
     # by its type: an engine answers for any attribute of its module, but setting one there does not reach the module
-    if not hasattr(type(model), "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    while not hasattr(type(model), "get_output_embeddings") and (inner := _inside(model)) is not None:
+        model = inner
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not hasattr(model, "loss_function") or model.get_output_embeddings() is None:
@@ -125,3 +143,9 @@ def causal_lm(model: Any) -> Any:
             f"around one, got {type(model).__name__}"
         )
     return model
+
+
+def _inside(model: Any) -> nn.Module | None:
+    """What a DeepSpeed engine, DDP and the like (`module`) or `torch.compile` (`_orig_mod`) wraps."""
+    parts = (vars(model).get("_modules", {}).get(name) for name in ("_orig_mod", "module"))
+    return next((part for part in parts if isinstance(part, nn.Module)), None)

@@ -12,6 +12,7 @@ from torch import Tensor
 from smoothing.core import agreement
 from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
+from smoothing.core.dtensor import local_head
 from smoothing.core.once import anchor, once_differentiable, transform_problem
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
 from smoothing.core.refusal import refuse_at_handshake
@@ -39,6 +40,7 @@ def vocab_parallel_linear_cross_entropy(
     smoothing_prior: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_stats: bool = False,
     chunk_bytes: int | None = None,
     label_tokens: int | None = None,
@@ -58,7 +60,8 @@ def vocab_parallel_linear_cross_entropy(
 
     Args:
         hidden: `[..., H]` fp32, bf16, fp16 or fp64, alike on all ranks.
-        weight: `[S, H]` floating point: this rank's rows, padding included.
+        weight: `[S, H]` floating point: this rank's rows, padding included. Or a DTensor `[V, H]`, split along its
+            first dimension: `shard` then follows from it.
         target: labels, `[...]` int64 global ids, or probabilities `[..., S]` floating point (this rank's columns).
         shard: which columns this rank holds, and whose group holds the rest; None for a whole vocabulary on one rank.
         bias: `[S]` floating point: this rank's rows; None: none.
@@ -70,6 +73,8 @@ def vocab_parallel_linear_cross_entropy(
         smoothing_prior: `[S]` floating point, this rank's slice of a distribution over the vocabulary; None: uniform.
         z_loss: weight of `lse(z)²`, at least 0.
         logit_softcap: `cap` of `cap·tanh(z / cap)`, applied to the logits first; None: none.
+        logit_scale: what the logits are multiplied by before all else, above 0.
+            Hidden states and bias are, once, in their dtype.
         return_stats: also return per-token statistics.
         chunk_bytes: what the logits of a chunk may take (at least one token goes in); None: a quarter of the weight's
             size in fp32, or 16 MiB; on a device half of it, or 256 MiB.
@@ -94,8 +99,11 @@ def vocab_parallel_linear_cross_entropy(
         the first time that several ranks use a shard. Not while a CUDA graph is captured on one rank, whose replays
         may have other labels, and more or fewer.
     """
-    options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
+    options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap, logit_scale)
     try:
+        hidden, weight, bias, target, smoothing_prior, shard = local_head(
+            hidden, weight, bias, target, smoothing_prior, shard
+        )
         job = _checked(
             hidden,
             weight,
@@ -112,6 +120,9 @@ def vocab_parallel_linear_cross_entropy(
     except Exception as error:  # whatever it is, the other ranks must learn of it
         refuse_at_handshake(error, shard, hidden, target)
     with torch.autocast(hidden.device.type, enabled=False):
+        if options.logit_scale != 1:
+            hidden = hidden * options.logit_scale
+            bias = None if bias is None else bias * options.logit_scale
         loss, *stats = job.run(hidden.reshape(job.labelled.leading.numel(), hidden.shape[-1]), weight, bias)
     return (loss, TokenStats(*stats)) if return_stats else loss
 

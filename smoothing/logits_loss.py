@@ -11,6 +11,7 @@ from torch import Tensor
 from smoothing.core import agreement
 from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
+from smoothing.core.dtensor import local_logits
 from smoothing.core.once import once_differentiable, transform_problem
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
 from smoothing.core.refusal import refuse_at_exchange
@@ -30,6 +31,7 @@ def vocab_parallel_cross_entropy(
     smoothing_prior: Tensor | None = None,
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_stats: bool = False,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -38,7 +40,8 @@ def vocab_parallel_cross_entropy(
         loss = lse(z) - (1-ε)·z_y - ε·Σ_v u_v z_v + z_loss·lse(z)²,     u_v = 1/vocab_size unless given
 
     Args:
-        logits: `[..., S]` fp32, bf16, fp16 or fp64: this rank's columns, padding included.
+        logits: `[..., S]` fp32, bf16, fp16 or fp64: this rank's columns, padding included. Or a DTensor `[..., V]`,
+            split along its last dimension: `shard` then follows from it.
         target: labels, `[...]` int64 global ids, or probabilities `[..., S]` floating point (this rank's columns).
         shard: which columns this rank holds, and whose group holds the rest; None for a whole vocabulary on one rank.
         label_smoothing: ε, in [0, 1].
@@ -49,6 +52,7 @@ def vocab_parallel_cross_entropy(
         smoothing_prior: `[S]` floating point, this rank's slice of a distribution over the vocabulary; None: uniform.
         z_loss: weight of `lse(z)²`, at least 0.
         logit_softcap: `cap` of `cap·tanh(z / cap)`, applied to the logits first; None: none.
+        logit_scale: what the logits are multiplied by before all else, above 0.
         return_stats: also return per-token statistics.
         inplace_backward: let the gradient take the logits' memory; otherwise they stay as they were.
 
@@ -67,12 +71,15 @@ def vocab_parallel_cross_entropy(
     Source:
         Szegedy et al. 2016, §7, as `torch.nn.functional.cross_entropy(label_smoothing=)` has it.
     """
-    options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap)
+    options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap, logit_scale)
     try:
+        logits, target, smoothing_prior, shard = local_logits(logits, target, smoothing_prior, shard)
         call = _checked(logits, target, shard, options, smoothing_prior, num_items_in_batch)
     except Exception as error:  # whatever it is, the other ranks must learn of it
         refuse_at_exchange(error, shard, logits, target)
     leading = logits.shape[:-1]
+    if options.logit_scale != 1:
+        logits = logits * options.logit_scale
     logits_TS = logits.reshape(leading.numel(), logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
         loss, *stats = _LogitsLoss.apply(logits_TS, call, num_items_in_batch, inplace_backward, return_stats)  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 REDUCTIONS = ("mean", "sum", "none")
-FLOATS = ("label_smoothing", "z_loss", "logit_softcap")
+FLOATS = ("label_smoothing", "z_loss", "logit_softcap", "logit_scale")
 DEFAULT_IGNORE_INDEX = -100  # torch's
 LARGEST = 2.0**1000  # a number of this size is a mistake, and float() still takes it
 
@@ -16,7 +16,7 @@ class LossOptions:
 
     For a token with logits `z`, target `y`, smoothing `ε` and prior `u` (uniform: `1/V`):
 
-        z      = cap·tanh(z / cap)                              with logit_softcap
+        z      = scale·z, then cap·tanh(z / cap)                with logit_scale, logit_softcap
         loss   = lse(z) - (1-ε)·z_y - ε·Σ_v u_v z_v + z_loss·lse(z)²
         ∂/∂z_v = softmax(z)_v·(1 + 2·z_loss·lse(z)) - (1-ε)·[v=y] - ε·u_v
     """
@@ -26,6 +26,7 @@ class LossOptions:
     reduction: str = "mean"
     z_loss: float = 0.0
     logit_softcap: float | None = None
+    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in FLOATS:  # 0 and 0.0 are one number, and digest must say so
@@ -47,6 +48,8 @@ class LossOptions:
         cap = self.logit_softcap
         if cap is not None and not (_is_number(cap) and 0 < cap < LARGEST):
             return f"logit_softcap must be None or a finite number above 0, got {cap!r}"
+        if not _is_number(self.logit_scale) or not 0 < self.logit_scale < LARGEST:
+            return f"logit_scale must be a finite number above 0, got {self.logit_scale!r}"
         return None
 
     def digest(self, *more: object) -> int:

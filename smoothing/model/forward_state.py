@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smoothing.shard import VocabShard
+
 
 class Labels(NamedTuple):
     """What a model is given for its loss, or hands on to its `loss_function`; each may be None."""
@@ -61,7 +63,8 @@ class Gives(Enum):
 class ForwardState:
     """One forward of the model. `loss`: `hidden, lm_head -> []`, where that is what the head gives.
 
-    `loss_called`: the model has called its `loss_function`.
+    `loss_called`: the model has called its `loss_function`. `shard`: whose rows the head's weight has been found to
+    be, None where they are all.
     """
 
     gives: Gives = Gives.ALL_LOGITS
@@ -69,3 +72,4 @@ class ForwardState:
     loss: Callable[[Tensor, nn.Module], Tensor] | None = None
     placeholder: Tensor | None = None
     loss_called: bool = False
+    shard: VocabShard | None = None

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from smoothing.core.call import TokenStats
+from smoothing.core.dtensor import is_dtensor
 from smoothing.core.options import LossOptions
 from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import vocab_parallel_cross_entropy
 from smoothing.model.dense_loss import dense_cross_entropy
 from smoothing.model.forward_state import ForwardState, Gives, Labels
+from smoothing.model.gather_logits import gather_logits
+from smoothing.model.head_weight import acting_head, is_sharded, linear_map
 from smoothing.model.output_head import OutputHead
-from smoothing.model.support import UnsupportedModel, is_sharded, own_softcap
+from smoothing.model.support import UnsupportedModel, own_scale, own_softcap, text_config
 from smoothing.shard import VocabShard
 
 OnStats = Callable[[TokenStats], None]
@@ -47,15 +50,15 @@ class InstalledLoss:
 
     def __init__(self, model: Any, settings: Installation):
         self.model, self.settings = model, settings
-        lm_head = model.get_output_embeddings()
+        lm_head = acting_head(model)
         self.shard = VocabShard.of(lm_head) if is_sharded(lm_head) else None
-        self._lm_head = OutputHead(lm_head, self.shard, own_softcap(model))
+        self._lm_head = OutputHead(lm_head, self.shard, own_scale(model), own_softcap(model))
         self._own_loss = vars(model).get("_loss_function")
         self._own_forward = vars(model).get("forward")
         self._forward = _Forward(model, self._with_its_loss)
         model.forward = self._forward
         model.loss_function = self
-        self._installed = True
+        self._installed, self.called = True, False
 
     def remove(self) -> None:
         """Put back the loss that the model had before; the second time, nothing is done."""
@@ -88,21 +91,27 @@ class InstalledLoss:
         **_: Any,
     ) -> Tensor:
         """What a Hugging Face causal LM calls: `logits` `[B, L, S]` predict the label one position on."""
-        self._lm_head.forward_state.loss_called = True
+        self._lm_head.forward_state.loss_called = self.called = True
+        vocab_size = self._vocab_size if vocab_size is None else vocab_size
         if self._lm_head.forward_state.placeholder is not None:
             self._check_vocabulary(vocab_size)
             self._check_labels(Labels(labels, shift_labels, num_items_in_batch))
             return self._lm_head.loss_behind(logits)
-        target = Labels(labels, shift_labels).target(self.settings.options.ignore_index).to(logits.device)
+        options, dense = self.settings.options, self.settings.head == "dense"
+        target = Labels(labels, shift_labels).target(options.ignore_index).to(logits.device)
         kwargs = self._common_kwargs(num_items_in_batch)
-        if self.settings.head == "dense":
-            value, stats = dense_cross_entropy(logits, target, **kwargs)
+        shard = self._shard_of(logits, vocab_size)
+        if dense:
+            if shard is not None:
+                logits = gather_logits(logits, shard)
+            whole: Any = logits
+            value, stats = dense_cross_entropy(whole.full_tensor() if is_dtensor(whole) else whole, target, **kwargs)
         else:
-            # the model's own softcap is in its logits already
-            cap = self.settings.options.logit_softcap if self._lm_head.softcap is None else None
-            whole = self.shard is None or logits.shape[-1] == self.shard.vocab_size
-            kwargs |= self._extra_kwargs() | {"logit_softcap": cap, "return_stats": True}
-            value, stats = vocab_parallel_cross_entropy(logits, target, None if whole else self.shard, **kwargs)
+            # the model's own scale and softcap are in its logits already
+            cap = options.logit_softcap if self._lm_head.softcap is None else None
+            scale = options.logit_scale if self._lm_head.scale == 1 else 1.0
+            kwargs |= self._extra_kwargs() | {"logit_softcap": cap, "logit_scale": scale, "return_stats": True}
+            value, stats = vocab_parallel_cross_entropy(logits, target, shard, **kwargs)
         self._report(stats)
         return value
 
@@ -141,13 +150,15 @@ class InstalledLoss:
         self, hidden: Tensor, lm_head: Any, target: Tensor, num_items: Any, label_tokens: Any
     ) -> Tensor:
         """What the head computes in place of logits. `hidden` `[B, L, H]`, `target` `[B, L]`."""
+        hidden, weight, bias = linear_map(lm_head, hidden)
         value, stats = vocab_parallel_linear_cross_entropy(
             hidden,
-            lm_head.weight,
+            weight,
             target.to(hidden.device),
             self.shard,
-            bias=lm_head.bias,
+            bias=bias,
             logit_softcap=self.settings.options.logit_softcap,
+            logit_scale=self.settings.options.logit_scale,
             chunk_bytes=self.settings.chunk_bytes,
             label_tokens=label_tokens,
             return_stats=True,
@@ -178,13 +189,36 @@ class InstalledLoss:
         if self.settings.on_stats is not None:
             self.settings.on_stats(stats)
 
-    def _check_vocabulary(self, vocab_size: int | None) -> None:
-        held = self._lm_head.lm_head.out_features if self.shard is None else self.shard.vocab_size
-        if vocab_size is not None and vocab_size != held:
+    @property
+    def _vocab_size(self) -> int:
+        """What the head is for, whatever its ranks hold of it."""
+        if self.shard is not None:
+            return self.shard.vocab_size
+        named: int | None = getattr(self._lm_head.lm_head, "out_features", None)
+        return text_config(self.model).vocab_size if named is None else named
+
+    def _check_vocabulary(self, vocab_size: int) -> None:
+        if vocab_size != (held := self._vocab_size):
             raise UnsupportedModel(
                 f"this model takes its loss over {vocab_size} of its head's {held} logits, which head='fused' does "
                 "not; use head='sharded', without tensor parallelism"
             )
+
+    def _shard_of(self, logits: Tensor, vocab_size: int) -> VocabShard | None:
+        """Whose columns these logits are; None for those of the whole vocabulary, or a DTensor, which tells itself.
+
+        Raises `UnsupportedModel` for logits of another width: a part of a vocabulary must not be taken for all of it.
+        """
+        shard, width = self._lm_head.forward_state.shard, logits.shape[-1]
+        if width == vocab_size:
+            return None
+        if shard is not None and (width, vocab_size) == (shard.size, shard.vocab_size):
+            return shard
+        raise UnsupportedModel(
+            f"this model names a vocabulary of {vocab_size}, but hands {width} logits a token to its loss, and its "
+            "output head does not tell which those are (as a DTensor, or DeepSpeed's with vocab_parallel_lm_head, "
+            "does); pass them to smoothing.vocab_parallel_cross_entropy with a VocabShard instead"
+        )
 
     def _check_labels(self, labels: Labels) -> None:
         """Raise unless these are the labels that the model was given, whose loss the head has computed."""

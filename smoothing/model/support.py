@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from torch import nn
-
 # The names under which models keep what they multiply or divide their logits by, after the head; 1 is no change.
 SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling",)  # what logits are divided by (Granite), but for these types of models
+MULTIPLIERS = ("hyperclovax",)
 # ... and what they cap them with, as cap·tanh(z / cap).
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # The losses, by `model.loss_type`, whose logits predict the next label; None is the default, which does too.
@@ -28,21 +28,16 @@ def smoothing_problem(model: Any) -> str | None:
     return None
 
 
-def fusing_problem(model: Any) -> str | None:
-    """Return why the output head of this model cannot compute its loss, or None."""
-    lm_head = model.get_output_embeddings()
-    if not (is_sharded(lm_head) or type(lm_head) is nn.Linear):
-        return (
-            f"head='fused' needs a plain nn.Linear or DeepSpeed's VocabParallelLinear as output head, got "
-            f"{type(lm_head).__name__}; use head='sharded'"
-        )
+def own_scale(model: Any) -> float:
+    """What this model multiplies its logits by itself, between head and loss; 1 for nothing."""
+    config = text_config(model)
     for name in SCALES:
-        if (scale := _setting(model, (name,))) not in (None, 1):
-            return (
-                f"this model scales its logits ({name}={scale}) after the head, which head='fused' does not; use "
-                "head='sharded'"
-            )
-    return None
+        value = getattr(config, name, None)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue  # MPT's logit_scale may be the name of a rule
+        divides = name in DIVISORS and getattr(config, "model_type", None) not in MULTIPLIERS
+        return 1 / value if divides and value else float(value)
+    return 1.0
 
 
 def own_softcap(model: Any) -> float | None:
@@ -51,11 +46,11 @@ def own_softcap(model: Any) -> float | None:
     return softcap
 
 
-def is_sharded(lm_head: nn.Module) -> bool:
-    """Whether this output head is DeepSpeed's, which gives a rank's own logits."""
-    return getattr(lm_head, "is_vocab_parallel_lm_head", False)
-
-
 def _setting(model: Any, names: tuple[str, ...]) -> Any:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model)
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model, which may be part of a larger one."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config

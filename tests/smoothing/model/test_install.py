@@ -530,12 +530,77 @@ def test_bf16_model_keeps_its_dtype():
     assert_same(fused, dense, rtol=0.05, atol=5e-3)
 
 
-def test_models_that_scale_their_logits_are_refused():
-    model = model_of("Granite", logits_scaling=4.0)
-    with pytest.raises(ValueError, match=r"logits_scaling.*sharded"):
-        install_smoothed_loss(model)
-    with install_smoothed_loss(model_of("Granite", logits_scaling=1.0)):
-        pass
+SCALED = {
+    "Granite": ({"logits_scaling": 4.0}, 0.25),
+    "Cohere": ({"logit_scale": 0.3}, 0.3),
+    "Llama": ({}, 1.0),
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_models_that_scale_their_logits(family):
+    """What the model multiplies its logits by is taken into account once, whatever the head."""
+    more, scale = SCALED[family]
+    model = model_of(family, **more)
+    first = loss_and_grads(model, "fused")
+    assert_same(first, loss_and_grads(model, "dense"))
+    assert_same(first, loss_and_grads(model, "sharded", logit_scale=scale))
+    if scale != 1:
+        with pytest.raises(ValueError, match=rf"multiplies its logits by {scale}.*got logit_scale=3\.0"):
+            install_smoothed_loss(model, logit_scale=3.0)
+    if family == "Cohere":  # Granite would follow
+        model.config.logit_scale = 1.0
+        with install_smoothed_loss(model), pytest.raises(ValueError, match="changes its logits"):
+            model(**batch())
+
+
+@pytest.mark.parametrize("head", ["fused", "sharded"])
+def test_a_scale_for_a_model_that_has_none(head):
+    model, inputs = model_of(), batch()
+    logits = 3 * model(**inputs).logits[:, :-1].flatten(0, 1)
+    truth = F.cross_entropy(logits, inputs["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss_and_grads(model, head, logit_scale=3)[0], truth.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("head", ["sharded", "dense"])
+def test_a_part_of_the_vocabulary_is_not_taken_for_all(head):
+    """Whatever the labels are: these would all lie in the part."""
+    model = model_of()
+    inputs = batch() | {"labels": torch.full_like(batch()["labels"], 3)}
+    model.lm_head.register_forward_hook(lambda head, given, logits: logits[..., : VOCAB // 2])
+    with (
+        install_smoothed_loss(model, head=head),
+        pytest.raises(ValueError, match=rf"{VOCAB}, but hands {VOCAB // 2}"),
+    ):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("head", ["fused", "sharded"])
+def test_models_that_are_compiled_already(head):
+    model = model_of()
+    expected = loss_and_grads(model, "dense")
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    with install_smoothed_loss(compiled, head=head):
+        output = compiled(**batch())
+        output.loss.backward()
+    assert_same((output.loss.detach(), {name: p.grad for name, p in model.named_parameters()}), expected)
+
+
+@pytest.mark.parametrize("adapted", [{"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_adapters_on_the_head(adapted):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model_of(), peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, **adapted))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, where a wrong gradient of A would be right
+            torch.nn.init.normal_(parameter)
+    fused = loss_and_grads(model, "fused")
+    assert any("lm_head" in name for name in fused[1])
+    assert_same(fused, loss_and_grads(model, "dense"))
+    assert_same(fused, loss_and_grads(model, "sharded"))
+    with model.disable_adapter(), install_smoothed_loss(model):
+        plain = model(**batch()).loss
+    torch.testing.assert_close(plain.detach(), loss_and_grads(model_of(), "dense")[0], rtol=1e-5, atol=0)
 
 
 def test_models_whose_loss_is_another_are_refused():
@@ -663,6 +728,28 @@ def test_a_process_with_several_gpus_is_refused(tmp_path):
         SmoothedLossCallback().on_train_begin(args, None, None, model=model_of())
 
 
+def test_a_trainer_with_another_loss_is_refused(tmp_path):
+    """Trainer would take the labels out of the batch for its own loss, and the installed one would not be called."""
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    rows = [{name: value[i] for name, value in batch().items()} for i in range(2)]
+    smoothing = transformers.TrainingArguments(**options, label_smoothing_factor=0.1)
+    plain = transformers.TrainingArguments(**options)
+    for args, more, message in (
+        (smoothing, {}, r"label_smoothing_factor=0\.1.*set it to 0"),
+        (
+            plain,
+            {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.mean()},
+            "compute_loss_func.*leave it",
+        ),
+    ):
+        callback = SmoothedLossCallback(label_smoothing=0.1)
+        trainer = transformers.Trainer(model_of(), args, train_dataset=rows, callbacks=[callback], **more)
+        before = copy.deepcopy(trainer.model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+        assert all(torch.equal(before[name], now) for name, now in trainer.model.state_dict().items())
+
+
 def test_a_loss_over_fewer_columns_than_the_head_has_is_refused():
     model = model_of()
 
@@ -766,6 +853,30 @@ def engine_losses(state: dict, stage: int, tied: bool, steps: int, **options) ->
         "evaluation-logits": evaluation.logits,
         "width": width,
     }
+
+
+def refusal_of_a_gathered_head() -> str:
+    import os
+
+    import deepspeed
+    import torch.distributed as dist
+
+    from launch.common.library_patches import skip_shared_memory_op
+
+    skip_shared_memory_op()
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE="2")
+    settings = {"train_micro_batch_size_per_gpu": 2, "tensor_parallel": {"autotp_size": 2}}
+    engine, *_ = deepspeed.initialize(model=model_of(), config=settings)
+    with pytest.raises(ValueError, match="output head") as refused:
+        install_smoothed_loss(engine)
+    engine.destroy()
+    return str(refused.value)
+
+
+def test_autotp_without_a_vocabulary_parallel_head_is_told_what_to_set(pair):
+    pytest.importorskip("deepspeed")
+    for message in pair.run(refusal_of_a_gathered_head, time_limit=120):
+        assert '"vocab_parallel_lm_head": true' in message
 
 
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 0.5}, EXTRAS], ids=["plain", "softcap", "prior-z-loss"])
