@@ -50,6 +50,7 @@ def _marked(example: ChatExample, template: ChatTemplate) -> Rendered:
         content = example.messages[index].get("content")
         if not any(_holds(text[start:end], content, template) for start, end in marks):
             raise Reject("the chat template's {% generation %} marks do not hold the answers", WAY_OUT)
+    _check_marks(example, template)
     marks = [_without_header(text, mark, template) for mark in marks]
     if len(example.learned) == len(answers):
         return Rendered(text, marks)
@@ -59,6 +60,20 @@ def _marked(example: ChatExample, template: ChatTemplate) -> Rendered:
     skipped = [_unmarked_span(index, text, example, template)[0] for index in unlearned]
     words = [(start, end) for start, end in marks if template.special.sub("", text[start:end]).strip()]
     return Rendered(text, [mark for mark in words if not any(_overlap(mark, span) for span in skipped)])
+
+
+def _check_marks(example: ChatExample, template: ChatTemplate) -> None:
+    """Raise Reject for marks that hold the words of another role: other words in their place stand in a mark."""
+    others = [
+        message if message["role"] == "assistant" else {**message, "content": OTHER_ANSWERS[0]}
+        for message in example.messages
+    ]
+    try:
+        text, marks = template.render_with_marks(others, example.template_kwargs)
+    except Reject:
+        return
+    if any(OTHER_ANSWERS[0] in text[start:end] for start, end in marks):
+        raise Reject("the chat template's {% generation %} marks hold words of another role", WAY_OUT)
 
 
 def _without_header(text: str, mark: Span, template: ChatTemplate) -> Span:
