@@ -84,6 +84,12 @@ def check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:
     Raises:
         UserError: This run cannot resume from the checkpoint.
     """
+    if before.get("adapter") != facts.get("adapter"):
+        had, has = (f"{found.get('adapter', 'all weights')} trained" for found in (before, facts))
+        raise UserError(
+            f"{checkpoint} is of a run with {had}, and this one has {has}; give the flags of that run, or start "
+            "with a new --output_dir"
+        )
     if missing := facts.keys() - before.keys():
         raise UserError(
             f"{checkpoint} does not name its {', '.join(sorted(missing))}: it was written by another version of this "

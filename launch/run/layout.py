@@ -19,7 +19,14 @@ def layout(options: SftOptions, args: SftTrainingArguments, data: EncodedData) -
         "zero": args.hf_deepspeed_config.config["zero_optimization"]["stage"],
         "rows_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * replicas,
         "data": same_everywhere(lambda: data.digest),
+        **({"adapter": adapter_words(options)} if options.lora_rank else {}),
     }
+
+
+def adapter_words(options: SftOptions) -> str:
+    """Return what an adapter's weights depend on besides its base."""
+    targets = " ".join(options.lora_targets or ["all-linear"])
+    return f"{'DoRA' if options.dora else 'LoRA'} of rank {options.lora_rank} in {targets} of {options.model}"
 
 
 def same_everywhere(digest: Callable[[], str]) -> str:

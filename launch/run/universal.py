@@ -18,13 +18,19 @@ LAYOUT = {"tp": "tensor parallelism", "data_parallel": "data-parallel ranks", "z
 def changes(before: dict, now: dict) -> list[str]:
     """Return what of the layout differs, so that a checkpoint must be converted; not by dp alone without ZeRO.
 
-    Raises `UserError` for anything but ZeRO 1 and 2. Without ZeRO there is no state that DeepSpeed could convert.
+    Raises `UserError` for adapters, and for anything but ZeRO 1 and 2. Without ZeRO there is no state that DeepSpeed
+    could convert.
     What DeepSpeed 0.19.8 converts from ZeRO 3 (two data-parallel ranks to one) resumes with another state: the loss
     is 1e-4 off after two steps and 4e-3 after five.
     """
     if before["zero"] == now["zero"] == 0 and before["tp"] == now["tp"]:
         return []
     found = [f"{words} {before[key]} -> {now[key]}" for key, words in LAYOUT.items() if before[key] != now[key]]
+    if found and now.get("adapter"):
+        raise UserError(
+            f"a checkpoint of an adapter cannot be resumed under another layout ({', '.join(found)}): its frozen "
+            "weights are not in it; keep the layout"
+        )
     if found and not {before["zero"], now["zero"]} <= {1, 2}:
         raise UserError(
             f"a checkpoint of ZeRO {before['zero']} cannot be resumed under another layout ({', '.join(found)}); "

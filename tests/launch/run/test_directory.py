@@ -13,6 +13,7 @@ import yaml
 
 from launch.common.errors import UserError
 from launch.run import checkpoints
+from launch.run.compare import check_facts
 from launch.run.directory import open_run
 from tests.support.processes import ROOT
 from tests.support.ranks import Ranks
@@ -173,8 +174,23 @@ REFUSED = {
     ),
     "ZeRO 3 on fewer ranks": (RECIPE, FACTS | {"zero": 3, "data_parallel": 1}, "only checkpoints of ZeRO 1 and 2"),
     "from ZeRO 1 to 0": (RECIPE, FACTS | {"zero": 0}, "ZeRO stage 1 -> 0"),
+    "an adapter from all weights": (
+        RECIPE,
+        FACTS | {"adapter": "LoRA of rank 4"},
+        "a run with all weights trained, and this one has LoRA of rank 4 trained",
+    ),
     "other rows a step": (RECIPE, FACTS | {"rows_a_step": 16}, "8 rows a step, and this run would take 16"),
 }
+
+
+def test_the_checkpoint_of_an_adapter_is_for_its_own_layout(tmp_path):
+    facts = FACTS | {"adapter": "LoRA of rank 4"}
+    assert check_facts(tmp_path, facts, facts) == []
+    with pytest.raises(UserError, match=r"an adapter cannot be resumed under another layout .ZeRO stage 1 -> 2."):
+        check_facts(tmp_path, facts, facts | {"zero": 2})
+    for other in (FACTS, facts | {"adapter": "LoRA of rank 8"}):
+        with pytest.raises(UserError, match="a run with LoRA of rank 4 trained"):
+            check_facts(tmp_path, facts, other)
 
 
 @pytest.mark.parametrize(("recipe", "facts", "words"), REFUSED.values(), ids=REFUSED)

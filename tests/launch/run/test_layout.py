@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
+from launch.config.options import SftOptions
 from launch.run.layout import layout, same_everywhere
 from tests.support.ranks import pool
 
@@ -27,5 +28,8 @@ def test_what_a_checkpoint_knows():
     args = SimpleNamespace(
         world_size=8, per_device_train_batch_size=3, gradient_accumulation_steps=5, hf_deepspeed_config=config
     )
-    facts = layout(SimpleNamespace(tp=2), args, SimpleNamespace(digest="abc"))
+    facts = layout(SftOptions(model="base", tp=2), args, SimpleNamespace(digest="abc"))
     assert facts == {"tp": 2, "data_parallel": 4, "zero": 2, "rows_a_step": 60, "data": "abc"}
+    options = SftOptions(model="base", tp=2, lora_rank=4, dora=True)
+    adapted = layout(options, args, SimpleNamespace(digest="abc"))
+    assert adapted == facts | {"adapter": "DoRA of rank 4 in all-linear of base"}
