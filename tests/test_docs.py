@@ -104,7 +104,7 @@ def test_flags_of_other_scripts_exist(document):
     for command in _commands(document):
         scripts = [ROOT / word for word in command if word.endswith(".py") and word != "launch/sft.py"]
         if command[0] == "python" and scripts:
-            text = "".join(path.read_text() for path in scripts[0].parent.glob("*.py"))
+            text = "".join(path.read_text() for path in scripts[0].parent.rglob("*.py"))
             assert all(f'"{word}"' in text for word in command if word.startswith("--")), command
 
 

@@ -16,9 +16,10 @@ LAUNCH = [
     {"model"},
     {"run"},
     {"training"},
+    {"evaluation"},
     {"preflight"},
     {"assemble"},
-    {"sft"},
+    {"sft", "evaluate"},
 ]
 SMOOTHING = [
     {"shard"},

@@ -1,0 +1,156 @@
+"""The numbers of every token of rows: forwards of a model whose vocabulary may be sharded."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from launch.common.errors import UserError
+from launch.config.options import SftOptions
+from launch.data.batches import PadToLongest
+from launch.evaluation.figures import Tokens
+from launch.model.load import load_model
+from launch.process.device import uses_gpu
+from launch.process.ranks import on_all_ranks, rank, world_size
+from smoothing import TokenNumbers, VocabShard, linear_token_numbers, token_numbers
+from smoothing.model.head_weight import is_sharded
+from smoothing.model.support import own_scale, own_softcap
+
+FIELDS = ("nll", "confidence", "correct", "entropy", "sum_square", "nll_at")
+
+
+class Evaluator:
+    """A model that is ready to be evaluated, split over `options.tp` ranks. All ranks must make it."""
+
+    def __init__(self, options: SftOptions, tokenizer: Any, bf16: bool, batch_size: int):
+        self.device = torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else torch.device("cpu")
+        self.tp, self.batch_size = options.tp, batch_size
+        self.model = load_model(options, tokenizer, torch.bfloat16 if bf16 else torch.float32, seed=0)
+        self.label_smoothing: float | None = getattr(self.model.config, "label_smoothing", None)
+        self.vocab_size: int = self.model.get_output_embeddings().weight.shape[0]
+        self._engine = _split(self.model, self.tp, bf16) if self.tp > 1 else None
+        self.model = self.model.to(self.device).eval() if self._engine is None else self._engine.module.eval()
+        self.head = self.model.get_output_embeddings()
+        self.shard = VocabShard.of(self.head) if is_sharded(self.head) else None
+        self.pad = PadToLongest(tokenizer.pad_token_id)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        if self._engine is not None:
+            self._engine.destroy()
+        self.model = self._engine = self.head = None
+
+    def tokens(self, rows: Any, kinds: np.ndarray, **options: Any) -> tuple[Tokens, Tokens | None]:
+        """Return the numbers of every token with a label, and those without the smoothing where `unsmooth` says so.
+
+        Args:
+            rows: with input_ids and labels.
+            kinds: the class of each entry of the vocabulary.
+            **options: keyword arguments of `token_numbers`.
+
+        Collectives: those of the forwards, and one gather of objects.
+        """
+        parts = on_all_ranks(lambda: self._own(rows, options))
+        mine = [part for index, part in enumerate(parts) if index % self.tp == 0]
+        whole = [np.concatenate(arrays) for arrays in zip(*mine, strict=True)]
+        order = np.argsort(whole[0], kind="stable")
+        row, label, *numbers = (array[order] for array in whole)
+        plain, without = numbers[: len(FIELDS)], numbers[len(FIELDS) :]
+        at = np.unique(row, return_inverse=True)[1]
+        return Tokens(at, kinds[label], *plain), Tokens(at, kinds[label], *without) if without else None
+
+    def _own(self, rows: Any, options: dict) -> list[np.ndarray]:
+        """The numbers of the rows of this rank's group: row, label, and the fields, of each token."""
+        groups, group = world_size() // self.tp, rank() // self.tp
+        longest_first = np.argsort([-length for length in rows["length"]], kind="stable")[group::groups]
+        parts = []
+        for start in range(0, len(longest_first), self.batch_size):
+            taken = longest_first[start : start + self.batch_size]
+            batch: dict[str, Any] = self.pad([rows[int(index)] for index in taken])
+            target = torch.cat([batch["labels"][:, 1:], torch.full((len(taken), 1), -100)], 1).to(self.device)
+            numbers = self.numbers(batch["input_ids"], batch["attention_mask"], target, options)
+            valid = numbers.valid
+            where = torch.from_numpy(taken).to(self.device).unsqueeze(1).expand_as(target)
+            each = [where, target, *(getattr(numbers, name) for name in FIELDS)]
+            if numbers.unsmoothed is not None:
+                each += [getattr(numbers.unsmoothed, name) for name in FIELDS]
+            parts.append([_to_numpy(x[valid]) for x in each])
+        if not parts:
+            raise UserError(f"there are {len(rows)} rows, fewer than the {groups} groups of ranks; start fewer")
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+    @torch.no_grad()
+    def numbers(self, input_ids: Tensor, mask: Tensor, target: Tensor, options: dict) -> TokenNumbers:
+        """Return the numbers of one batch; the head computes them without its logits where it is a plain one."""
+        inputs = {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
+        plain = is_sharded(self.head) or type(self.head) is torch.nn.Linear
+        if not plain or own_scale(self.model) != 1:
+            logits = self.model(**inputs, use_cache=False).logits
+            whole = self.shard is None or logits.shape[-1] == self.shard.vocab_size
+            return token_numbers(logits, target, None if whole else self.shard, **options)
+        found: list[TokenNumbers] = []
+
+        def in_place_of_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            bias, cap = self.head.bias, own_softcap(self.model)
+            found.append(
+                linear_token_numbers(
+                    hidden, self.head.weight, target, self.shard, bias=bias, logit_softcap=cap, **options
+                )
+            )
+            return hidden.new_zeros(1, 1, 1)
+
+        with _forward(self.head, in_place_of_logits):
+            self.model(**inputs, use_cache=False)
+        return found[0]
+
+
+class _forward:
+    """Entered, another forward stands in for a module's own."""
+
+    def __init__(self, module: Any, forward: Callable[..., Tensor]):
+        self.module, self.forward = module, forward
+
+    def __enter__(self) -> None:
+        self.own = vars(self.module).get("forward")
+        self.module.forward = self.forward
+
+    def __exit__(self, *_: object) -> None:
+        del self.module.forward
+        if self.own is not None:
+            self.module.forward = self.own
+
+
+def _split(model: Any, tp: int, bf16: bool) -> Any:
+    """DeepSpeed's engine around the model, each layer shared by `tp` ranks."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 0},
+        "bf16": {"enabled": bf16},
+        "tensor_parallel": {"autotp_size": tp, "vocab_parallel_lm_head": True},
+    }
+    return deepspeed.initialize(model=model, config=config)[0]
+
+
+def _to_numpy(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy() if not x.is_floating_point() else x.double().cpu().numpy()
+
+
+KINDS = ("word start", "word rest", "digit", "symbol", "end")
+
+
+def kinds_of(tokenizer: Any, vocab_size: int, ends: Sequence[int]) -> np.ndarray:
+    """Return the class of each entry of the vocabulary, an index of KINDS."""
+    kinds = np.full(vocab_size, KINDS.index("symbol"))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))
+    for index, piece in enumerate(pieces):
+        text = (piece or "").lstrip("Ġ▁ ")
+        if text[:1].isdigit():
+            kinds[index] = KINDS.index("digit")
+        elif text[:1].isalpha():
+            kinds[index] = KINDS.index("word rest" if text == piece else "word start")
+    kinds[[end for end in ends if end < vocab_size]] = KINDS.index("end")
+    return kinds

@@ -1,0 +1,86 @@
+"""`launch/evaluate.py`: one process and two tensor-parallel ranks give the same figures, which are the model's."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.data import prepared
+from tests.support.processes import ROOT, environment, launcher
+from tests.support.small_run import write_data, write_model
+
+KEYS = {
+    "nll",
+    "accuracy",
+    "ece_equal_mass",
+    "ece_equal_width",
+    "brier",
+    "confidence",
+    "entropy",
+    "aurc",
+    "temperature",
+}
+
+
+def evaluated(folder, start: list[str], name: str, *flags: str) -> dict:
+    given = ["--model", "model-tied", "--data", "heldout.jsonl", "--max_length", "96", "--output_dir", name, *flags]
+    done = subprocess.run(
+        [*start, str(ROOT / "launch/evaluate.py"), *given],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert (folder / name / "reliability.png").stat().st_size > 10_000
+    return json.loads((folder / name / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def evaluations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_data(folder)
+    path = write_model(folder, tied=True)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.lm_head.weight *= 6  # sure of something
+    model.config.label_smoothing = 0.1
+    model.save_pretrained(path)
+    alone = evaluated(folder, [sys.executable], "one", "--base", "model-tied")
+    return folder, alone, evaluated(folder, launcher(2), "two", "--tp", "2")
+
+
+def test_every_figure_has_its_interval(evaluations):
+    _, alone, two = evaluations
+    for part in (alone, alone["after_temperature"], alone["unsmoothed"], alone["base"]):
+        assert all(isinstance(part[key], float) and len(part[f"{key}_interval"]) == 2 for key in KEYS)
+    assert alone["label_smoothing"] == 0.1 and two["base"] is None
+
+
+def test_two_ranks_agree_with_one(evaluations):
+    _, alone, two = evaluations
+    for one, other in [(alone, two), *((alone[part], two[part]) for part in ("after_temperature", "unsmoothed"))]:
+        for key in KEYS:  # nll is flat where it is least
+            assert other[key] == pytest.approx(one[key], abs=1e-4 if key == "temperature" else 1e-6), key
+
+
+def test_nll_and_accuracy_are_those_of_the_models_logits(evaluations):
+    folder, alone, _ = evaluations
+    model = AutoModelForCausalLM.from_pretrained(folder / "model-tied").double()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model-tied")
+    rows = prepared(str(folder / "heldout.jsonl"), tokenizer, max_length=96, fraction=0.0).train
+    nll, right = [], []
+    for row in rows:
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        nll += F.cross_entropy(logits, labels, reduction="none")[labels != -100].tolist()
+        right += (logits.argmax(-1) == labels)[labels != -100].tolist()
+    assert (alone["rows"], alone["label_tokens"]) == (7, len(nll))
+    assert alone["nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
+    assert alone["accuracy"] == pytest.approx(sum(right) / len(right), rel=1e-6)
