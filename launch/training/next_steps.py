@@ -23,11 +23,7 @@ def next_steps(run: Path, model: Path, steps: int, adapter: bool = False) -> str
     kept = bool(checkpoints(run))
     if not kept:
         further = f"--model {shlex.quote(str(model))} (no checkpoint was kept, so the optimizer starts anew)"
-    rows = "--data ROWS.jsonl --eval_data ROWS.jsonl"
-    evaluate = [
-        f"  evaluate it:    python launch/sft.py --model {shlex.quote(str(model))} {rows} --max_steps 1",
-        "                  (the first line `held out` is of the model as it is)",
-    ]
+    evaluate = [f"  evaluate it:    python launch/evaluate.py --model {shlex.quote(str(model))} --data ROWS.jsonl"]
     merge = [
         f"  merge it:       mv {shlex.quote(str(model))} {shlex.quote(f'{model}-adapter')}; this command with",
         f"                  --output_dir {shlex.quote(str(run))} --merge_adapter true",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.common.errors import Reject
+from launch.common.messages import shortened
 from launch.data.examples.kinds import ChatExample
 from launch.data.examples.render import ChatTemplate, Messages, Span
 
@@ -14,6 +15,7 @@ OTHER_TEMPLATE = "give --chat_template a template that does, or leave it out"
 # Two contents that share neither their first nor their last character, so that only their surroundings are alike.
 OTHER_ANSWERS = ("Qx0Z", "7jWk")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+WRITTEN_KEYS = {"role", "content", "tool_calls", "tool_call_id", "id", *THOUGHTS}  # looked for elsewhere, or mere ids
 
 
 @dataclass
@@ -57,8 +59,8 @@ def check_alone(rendered: Rendered, example: ChatExample, template: ChatTemplate
         raise Reject("the chat template writes words of another role into an answer", WAY_OUT)
 
 
-def left_out(text: str, example: ChatExample) -> list[str]:
-    """Return a note for each role whose words the template leaves out, such as the thoughts of earlier answers."""
+def left_out(text: str, example: ChatExample, template: ChatTemplate) -> list[str]:
+    """Return notes on what the template leaves out: words of a role, thoughts, and keys of messages."""
     roles = set()
     for message in example.messages:
         content = message.get("content")
@@ -74,6 +76,9 @@ def left_out(text: str, example: ChatExample) -> list[str]:
     thoughts = (message.get(name) for message in example.messages for name in THOUGHTS)
     if any(isinstance(thought, str) and thought.strip() not in text for thought in thoughts):
         notes.append("the chat template leaves out thoughts (reasoning_content)")
+    keys = {key for message in example.messages for key in message} - WRITTEN_KEYS
+    if unread := sorted(key for key in keys if not template.reads(key)):
+        notes.append(f"the chat template does not read {shortened(', '.join(unread))} of messages")
     return notes
 
 

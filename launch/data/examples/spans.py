@@ -37,7 +37,7 @@ def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
     check_tools(rendered, example)
     check_variables(example, template)
     check_alone(rendered, example, template)
-    rendered.notes += left_out(rendered.text, example)
+    rendered.notes += left_out(rendered.text, example, template)
     return rendered
 
 

@@ -373,6 +373,10 @@ def test_what_a_template_leaves_out_is_refused_or_noted():
     thought.messages[1]["reasoning_content"] = "Let me see."
     notes = encode(thought, byte_level("<|im_end|>"), 256)["notes"]
     assert notes == ["the chat template leaves out thoughts (reasoning_content)"]
+    named = chat(TURNS[:2])
+    named.messages[0] |= {"name": "Ann", "mood": "sad"}
+    notes = encode(named, byte_level("<|im_end|>", template=CHATML + "{{ '' if mood else '' }}"), 256)["notes"]
+    assert notes == ["the chat template does not read name of messages"]
 
 
 @pytest.mark.parametrize("answer", [" 4", "\n4"])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch.config import early
-from launch.config.command_line import parse_options
+from launch.evaluation.options import parse
 from launch.training import logging
 from launch.training.next_steps import next_steps
 from tests.support.small_run import write_data, write_model
@@ -28,8 +28,10 @@ def test_the_commands_work(tmp_path, capsys):
     assert python == "python"
     exec(code, {})
     assert "YOUR PROMPT" in capsys.readouterr().out
-    options, values = parse_options(command(text, "evaluate it")[2:])
-    assert Path(options.model) == model and values == {"max_steps": 1}
+    words = command(text, "evaluate it")
+    assert words[:2] == ["python", "launch/evaluate.py"]
+    options = parse(words[2:])
+    assert (Path(options.model), options.data) == (model, ["ROWS.jsonl"])
     words = command(text, "train further")
     assert early.read(early.Source(words[words.index("with") + 1 :], "")) == {
         "resume_from_checkpoint": f"{tmp_path}/it's here",
