@@ -57,7 +57,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer, arguments: Mapping[str, Any] | None = None, day: date | None = None):
         self.tokenizer = tokenizer
-        self.arguments = dict(arguments or {})
+        self.variables = {**tokenizer.special_tokens_map, **(arguments or {})}
         self.day = day
         self.special = special_pattern(tokenizer)
 
@@ -92,7 +92,11 @@ class ChatTemplate:
 
     def answered(self, messages: Messages, arguments: Mapping[str, Any]) -> str:
         """Return the text of a conversation up to its last answer's stop."""
-        return self.render(messages, arguments).removesuffix(self._turn.trailer)
+        return self.up_to_stop(self.render(messages, arguments))
+
+    def up_to_stop(self, text: str) -> str:
+        """Return the text of a conversation without what follows its last answer's stop."""
+        return text.removesuffix(self._turn.trailer)
 
     @property
     def end_of_turn(self) -> str | None:
@@ -163,7 +167,7 @@ class ChatTemplate:
                     chat_template=source,
                     return_assistant_tokens_mask=marks,
                     add_generation_prompt=generation_prompt,
-                    **{**self.tokenizer.special_tokens_map, **self.arguments, **arguments},
+                    **{**self.variables, **arguments},
                 )
         except Exception as error:
             detail = f"{typed_error_line(error, 80)}; change the row, or give another --chat_template"

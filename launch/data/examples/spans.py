@@ -105,7 +105,10 @@ def _unmarked_span(index: int, text: str, example: ChatExample, template: ChatTe
     """Return the characters of one answer, and a note where its generation prompt is no part of the text."""
     messages, arguments = example.messages, example.template_kwargs
     prompt = render_or_none(template.prompt, messages[:index], arguments)
-    answered = render_or_none(template.answered, messages[: index + 1], arguments)
+    last = index == len(messages) - 1
+    answered = (
+        template.up_to_stop(text) if last else render_or_none(template.answered, messages[: index + 1], arguments)
+    )
     if prompt and answered and answered.startswith(prompt) and text.startswith(answered) and prompt != answered:
         return (len(prompt), len(answered)), ""
     shown = prompt is not None and len(prompt) < len(text) and text.startswith(prompt)

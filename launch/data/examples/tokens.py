@@ -69,7 +69,9 @@ def tokenise(text: str, tokenizer, boundaries: Sequence[int] = (), special_token
         text,
         add_special_tokens=special_tokens,
         return_offsets_mapping=True,
-        return_special_tokens_mask=True,
+        return_special_tokens_mask=special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
     )
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     front = 0
