@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.common.errors import Reject
-from launch.data.records import DataError, DropReport, Note, Record, Records, Rejected
+from launch.data.records import DataError, Note, Records, Rejected
 from launch.data.sources.compression import DAMAGED, SUFFIXES, compression_of, open_data
 from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
@@ -34,22 +33,6 @@ def iter_records(source: str, held_out: bool = False, streamed: bool = False) ->
     if path.is_dir() and not is_saved(path):
         return _directory_rows(path, held_out)
     return _file_rows(path)
-
-
-def read_records(source: str, report: DropReport, strict: bool = False, held_out: bool = False) -> list[Record]:
-    """Return the records of `iter_records` as a list; the rest goes into `report`.
-
-    Raises DataError as `iter_records` does, and when `strict` for the first bad row or file.
-    """
-    records = []
-    for row in iter_records(source, held_out):
-        if isinstance(row, Record):
-            records.append(row)
-        elif isinstance(row, Note):
-            report.left_out.append(row.text)
-        else:
-            report.add(row.where, Reject(row.reason, row.detail, row.whole_file), strict)
-    return records
 
 
 def source_fingerprint(source: str, held_out: bool = False, streamed: bool = False) -> str:

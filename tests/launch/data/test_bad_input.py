@@ -15,10 +15,11 @@ from launch.data.prepared import EncodedData
 from launch.data.records import DataError, DropReport
 from launch.data.sources import csv_files
 from launch.data.sources.compression import SUFFIXES
-from launch.data.sources.files import iter_records, read_records, source_fingerprint
+from launch.data.sources.files import iter_records, source_fingerprint
 from launch.data.train_tokenizer import train_tokenizer
 from launch.process.ranks import say
 from tests.support.data import prepared
+from tests.support.records import read_records
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 

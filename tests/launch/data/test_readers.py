@@ -19,8 +19,9 @@ import pytest
 from launch.common.errors import Reject
 from launch.data.records import DataError, DropReport, Rejected
 from launch.data.sources import json_text
-from launch.data.sources.files import iter_records, read_records, source_fingerprint
+from launch.data.sources.files import iter_records, source_fingerprint
 from launch.data.sources.fingerprint import fingerprint_of_files
+from tests.support.records import read_records
 
 ROWS = [
     {"question": "two\nlines, and a comma", "answer": 'a "quote"'},
