@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TrainerCallback
 
@@ -83,4 +84,5 @@ class UnsmoothLogits(LogitsProcessor):
         return cls(label_smoothing, floor)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return unsmooth(scores.float().log_softmax(-1), self.label_smoothing, floor=self.floor)
+        log_probs = unsmooth(scores.float().log_softmax(-1), self.label_smoothing, floor=self.floor)
+        return log_probs.masked_fill(scores.isneginf(), -torch.inf)  # what another processor forbids stays forbidden
