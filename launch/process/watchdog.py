@@ -106,10 +106,10 @@ class Watchdog(TrainerCallback):
             if not self.limit or beat.waited() <= patience:
                 continue
             answers = self._roll.ask()
-            if self._beat is not beat:
+            if answers is None and not self._over.wait(LOOK_SECONDS) and self._beat is beat:
+                self._stop_cut_off(beat)  # not a run at its end, whose first rank has taken the store along
+            if answers is None or self._over.is_set() or self._beat is not beat:
                 continue
-            if answers is None:
-                self._stop_cut_off(beat)
             silent_before, silent = silent, set(range(world_size())) - answers.keys()
             if silent & silent_before:  # asked twice: a rank may be kept from answering for a moment
                 self._stop_stalled(beat, answers)
