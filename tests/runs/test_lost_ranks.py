@@ -104,7 +104,7 @@ class Link:
         while not self._cut.is_set():
             for key, _ in ends.select(0.05):
                 if key.data is None:
-                    near, far = self._listening.accept()[0], socket.create_connection(("127.0.0.1", port))
+                    near, far = self._listening.accept()[0], _connect(port)
                     ends.register(near, selectors.EVENT_READ, far)
                     ends.register(far, selectors.EVENT_READ, near)
                 elif data := key.fileobj.recv(1 << 16):
@@ -112,6 +112,14 @@ class Link:
                         key.data.sendall(data)
                 else:
                     ends.unregister(key.fileobj)
+
+
+def _connect(port: int) -> socket.socket:
+    """A connection to a port of this machine, as soon as somebody listens there."""
+    while True:
+        with suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port))
+        time.sleep(0.01)
 
 
 TWO_NODES = """
