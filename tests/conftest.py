@@ -6,8 +6,13 @@ import tempfile
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see launch/process/environment.py
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # real runs are of more ranks than a machine may have GPUs
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers of xdist inherit it, so that all tests share one
-    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="data-cache-")
-    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")
+    os.environ["HF_DATASETS_CACHE"] = f"{os.environ['HF_HOME']}/datasets"
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+from tests.support.hub import reserve_endpoint
+
+reserve_endpoint()  # before huggingface_hub is imported: no test reaches the network
 
 import pytest
 

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from launch.data.records import DataError, Note, Record, Records, Rejected
-from launch.data.sources.files import iter_records, source_fingerprint
+from launch.data.sources.files import iter_records, name_of, source_fingerprint
 from launch.data.sources.stdlib_docstrings import corpus_fingerprint, docstring_corpus
 
 ROWS_A_BATCH = 64
@@ -19,7 +19,7 @@ class Source:
     """Where rows come from.
 
     Attributes:
-        name: As the user gave it.
+        name: As the user gave it, but for a revision.
         records: Reads it from its beginning.
         fingerprint: Returns a hash of what it holds.
     """
@@ -71,7 +71,7 @@ def sources_of(
 
 def _source(name: str, held_out: bool = False, streamed: bool = False) -> Source:
     how = (name, held_out, streamed)
-    return Source(name, lambda: iter_records(*how), lambda: source_fingerprint(*how))
+    return Source(name_of(name), lambda: iter_records(*how), lambda: source_fingerprint(*how))
 
 
 def batches(records: Records) -> Iterator[Batch]:

@@ -2,12 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from launch.common.errors import UserError
 from launch.common.paths import MODEL, RECIPE
 from launch.config.options import SftOptions
+from launch.data.sources.files import name_of
 from launch.process.ranks import say
 from launch.run import universal
 
@@ -30,7 +32,8 @@ def check_recipe(path: Path, recipe: dict) -> None:
     """Raise `UserError` if the run in `path` has another recipe; print which free keys have changed."""
     before = _recipe_of(path)
     defaults = asdict(SftOptions())  # an earlier version may have had fewer flags
-    values = {key: [r.get(key, defaults.get(key)) for r in (before, recipe)] for key in before.keys() | recipe.keys()}
+    keys = before.keys() | recipe.keys()
+    values = {key: [_comparable(key, r.get(key, defaults.get(key))) for r in (before, recipe)] for key in keys}
     changed = {key: pair for key, pair in sorted(values.items()) if pair[0] != pair[1]}
     lines = {key: f"{key}: {then} before, {now} now" for key, (then, now) in changed.items()}
     if other := [line for key, line in lines.items() if key not in FREE]:
@@ -40,6 +43,13 @@ def check_recipe(path: Path, recipe: dict) -> None:
         )
     for line in lines.values():
         say(f"changed since {path} was started: {line}")
+
+
+def _comparable(key: str, value: Any) -> Any:
+    """Sources without their revisions on the hub: `check_facts` compares the rows themselves."""
+    if key not in ("data", "eval_data") or value is None:
+        return value
+    return name_of(value) if isinstance(value, str) else [name_of(source) for source in value]
 
 
 def check_not_further(path: Path, recipe: dict, checkpoint: Path | None) -> None:

@@ -10,7 +10,7 @@ from pyarrow import types
 
 from launch.common.errors import Reject
 from launch.common.messages import error_line, shortened
-from launch.data.records import Note, Record, Records, Rejected
+from launch.data.records import Note, Record, Records
 
 BATCH = 128  # rows; a thousand of them would be a tenth faster
 BROKEN = (pyarrow.ArrowException, ArithmeticError, ValueError, OSError)  # what Arrow raises for a damaged file
@@ -72,14 +72,11 @@ def dataset_rows(dataset, place: str) -> Records:
     """Yield the rows of a data set, mapped from its files or streamed, as `place` with the row's number."""
     yield from index_note(dataset.column_names or ())  # of a stream they may be unknown
     number = 0
-    try:
-        for table in dataset.with_format("arrow").iter(BATCH):
-            for batch in table.to_batches():
-                for fields in arrow_rows(batch):
-                    number += 1
-                    yield Record(fields, f"{place}:{number}")
-    except BROKEN as error:
-        yield Rejected(f"{place}:{number + 1}", "damaged Arrow, the rest is lost", error_line(error, 80))
+    for table in dataset.with_format("arrow").iter(BATCH):
+        for batch in table.to_batches():
+            for fields in arrow_rows(batch):
+                number += 1
+                yield Record(fields, f"{place}:{number}")
 
 
 class ArrowColumn(Sequence[Any]):

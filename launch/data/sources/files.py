@@ -8,7 +8,7 @@ from launch.data.sources.compression import DAMAGED, SUFFIXES, compression_of, o
 from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
 from launch.data.sources.fingerprint import fingerprint_of_files, quick_fingerprint_of_files
-from launch.data.sources.hub import hub_fingerprint, hub_name_problem, hub_rows
+from launch.data.sources.hub import HubName, hub_fingerprint, hub_name_problem, hub_rows, without_revision
 from launch.data.sources.json_files import json_rows
 from launch.data.sources.parquet_files import parquet_rows
 from launch.data.sources.saved import is_saved, saved_files, saved_rows
@@ -19,7 +19,7 @@ TEXT_CONTROLS = b"\t\n\r\f\b\x1b"
 
 
 def iter_records(source: str, held_out: bool = False, streamed: bool = False) -> Records:
-    """Yield the rows of a file, a directory, or a hub data set (`name:split`, `name:config:split`).
+    """Yield the rows of a file, a directory, or a hub data set (`name[@revision][:config][:split]`).
 
     Never more than a batch of them is in memory. Rows and files that cannot be used are yielded as Rejected, and what
     to tell the user about the rest as Note. `held_out`: these records are for evaluation. `streamed`: a hub data set
@@ -44,13 +44,21 @@ def source_fingerprint(source: str, held_out: bool = False, streamed: bool = Fal
     """
     path = _as_path(source)
     if path is None:
-        return hub_fingerprint(source, streamed)
+        return hub_fingerprint(source)
     of_files = quick_fingerprint_of_files if streamed else fingerprint_of_files
     if not path.is_dir():
         return of_files([(path.name, path)])
     found = [path] if is_saved(path) else files_of(path, _is_data, held_out)[0]
     files = [file for entry in found for file in (saved_files(entry) if entry.is_dir() else [entry])]
     return of_files((file.relative_to(path).as_posix(), file) for file in files)
+
+
+def name_of(source: str) -> str:
+    """Return the name of a source in logs: of a hub data set without its revision, so that it is that of any."""
+    try:
+        return source if _as_path(source) is not None else without_revision(source)
+    except DataError:  # it is told once the source is read
+        return source
 
 
 def _as_path(source: str) -> Path | None:
@@ -61,8 +69,8 @@ def _as_path(source: str) -> Path | None:
             return path
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{source[:80]!r} is not a usable path ({error}).") from None
-    name = source.split(":")[0]
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or _reader(path) is not None
+    name = HubName.of(source).name
+    looks_like_path = source.startswith((".", "/", "~")) or name.count("/") > 1 or _reader(path) is not None
     if looks_like_path or not name.strip():
         raise DataError(
             f"{source!r} was expected to be a data file or directory, but does not exist; check the path."

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import datasets
 
-from launch.common.messages import typed_error_line
-from launch.data.records import DataError, Records
-from launch.data.sources.arrow_rows import dataset_rows
+from launch.common.messages import error_line, typed_error_line
+from launch.data.records import DataError, Record, Records, Rejected
+from launch.data.sources.arrow_rows import BROKEN, dataset_rows
 
 STATE = "state.json"
 INFO = "dataset_info.json"
@@ -27,7 +27,13 @@ def saved_rows(folder: Path) -> Records:
             f"{folder} was expected to be a data set that save_to_disk wrote, but cannot be loaded "
             f"({typed_error_line(error)}); save it again."
         ) from error
-    yield from dataset_rows(dataset, str(folder))
+    read = 0
+    try:
+        for row in dataset_rows(dataset, str(folder)):
+            read += isinstance(row, Record)
+            yield row
+    except BROKEN as error:
+        yield Rejected(f"{folder}:{read + 1}", "damaged Arrow, the rest is lost", error_line(error, 80))
 
 
 def saved_files(folder: Path) -> list[Path]:

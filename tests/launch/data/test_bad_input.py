@@ -322,28 +322,6 @@ def test_parquet_with_null_and_number(tmp_path, tokenizer):
     assert data.report.counts() == {"completion is not text": 1}
 
 
-def test_hub_failure_is_an_error_that_says_what_to_do(monkeypatch):
-    import datasets
-
-    def unreachable(name, config, split):
-        assert (name, config, split) == ("openai/gsm8k", "main", "test")
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"no network.*local file"):
-        read_records("openai/gsm8k:main:test", DropReport())
-
-
-def test_hub_rows_become_records(monkeypatch):
-    import datasets
-
-    rows = datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: rows)
-    (record,) = read_records("someone/something:test", DropReport())
-    assert record.fields == {"prompt": "a", "completion": "b"}
-    assert record.where == "someone/something:test:1"
-
-
 BUILDERS = ["json", "text", "csv", "pandas", "parquet", "arrow", "imagefolder", "webdataset", "Json", "json:train"]
 
 
@@ -361,8 +339,9 @@ def test_a_split_of_a_local_directory_is_refused(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "train.txt").write_bytes(GOOD)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="'here' is local"):
-        iter_records("here:train")
+    for source in ("here:train", "here@main"):
+        with pytest.raises(DataError, match="'here' is local"):
+            iter_records(source)
 
 
 def test_a_panic_of_the_hub_client_is_an_error(monkeypatch):
@@ -371,10 +350,10 @@ def test_a_panic_of_the_hub_client_is_an_error(monkeypatch):
     class PanicException(BaseException):  # what pyo3 raises has no public name
         pass
 
-    def load(name, config, split):
+    def load(name, config, revision):
         raise {"panics": PanicException, "stops": KeyboardInterrupt}[name]
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     with pytest.raises(DataError, match="PanicException"):
         read_records("panics", DropReport())
     with pytest.raises(KeyboardInterrupt):
