@@ -22,6 +22,7 @@ import json
 from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
 from launch.common.library_patches import skip_shared_memory_op
+from launch.common.paths import EVALUATION
 from launch.data.load import load_data
 from launch.data.tokenizer import load_tokenizer
 from launch.evaluation.draw import draw
@@ -31,8 +32,6 @@ from launch.evaluation.report import evaluate, table
 from launch.process.exit import run_to_its_end
 from launch.process.ranks import ensure_environment, from_main, on_all_ranks, say, world_size
 from launch.process.rendezvous import rendezvous
-
-EVALUATION = "evaluation.json"
 
 
 def main(argv: list[str]) -> None:

@@ -44,6 +44,8 @@ from launch.process.ranks import ensure_environment, from_main, say, say_log
 from launch.process.signals import Stopped
 from launch.process.startup_errors import StartupErrors
 from launch.process.watchdog import Watchdog
+from launch.reporting.about import write_about
+from launch.reporting.write import report_at_the_end
 from launch.run.checkpoints import reading
 from launch.run.directory import Run, open_run
 from launch.run.layout import layout
@@ -75,6 +77,7 @@ def main(argv: list[str]) -> None:
     say(f"run: {run.path}")
     if data.streaming is None:
         name_dropped(data.report, run.path / DROPPED)
+    from_main(lambda: write_about(run.path, data, tokenizer, args.seed))
     with Watchdog(options.stall_timeout) as watchdog:
         with StartupErrors(run.path) as starting:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting)
@@ -88,6 +91,8 @@ def main(argv: list[str]) -> None:
         say(f"model: {model}")
         adapter = options.lora_rank > 0 and not options.merge_adapter
         say(next_steps(run.path, model, trainer.state.global_step, adapter))
+    if not options.no_report:  # no rank waits any more
+        report_at_the_end(run.path)
 
 
 def train(trainer: SftTrainer, run: Run) -> None:

@@ -17,9 +17,10 @@ LAUNCH = [
     {"run"},
     {"training"},
     {"evaluation"},
+    {"reporting"},
     {"preflight"},
     {"assemble"},
-    {"sft", "evaluate"},
+    {"sft", "evaluate", "report"},
 ]
 SMOOTHING = [
     {"shard"},

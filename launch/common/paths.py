@@ -11,12 +11,17 @@ DEEPSPEED = "deepspeed.json"
 METRICS = "metrics.jsonl"
 DROPPED = "dropped.txt"
 SAMPLES = "samples.jsonl"
+ABOUT = "about.json"
+REPORT = "report.html"
 PREVIEW = "preview"  # in RUNS, where a preview is written if no directory is named
 PREVIEW_HTML = "preview.html"
 PREVIEW_JSONL = "preview.jsonl"
 TENSORBOARD = "runs"
 TRACEBACK = "traceback-{rank}.txt"
 TRACEBACKS = TRACEBACK.format(rank="*")
+
+EVALUATION_FOLDER = "evaluation"  # in MODEL
+EVALUATION = "evaluation.json"
 
 CHECKPOINT = "checkpoint-{step}"
 MODEL = "model"

@@ -200,6 +200,7 @@ class RunFlags:
     )
     sanity: bool = field(default=False, metadata={"help": "Check this run on one device instead of starting it."})
     samples: int = field(default=3, metadata={"help": "Held-out prompts to complete and show at the end."})
+    no_report: bool = field(default=False, metadata={"help": "Write no report.html at the end."})
     on_nonfinite: str = field(
         default="stop",
         metadata={

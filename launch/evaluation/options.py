@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.common.errors import UserError
+from launch.common.paths import EVALUATION_FOLDER
 from launch.config.options import SftOptions, check_options
 
 
@@ -84,7 +85,7 @@ def parse(argv: Sequence[str]) -> EvaluationOptions:
     given = vars(parser.parse_args(argv))
     del given["local_rank"]
     if given["output_dir"] is None:
-        given["output_dir"] = Path(given["model"] if Path(given["model"]).is_dir() else ".") / "evaluation"
+        given["output_dir"] = Path(given["model"] if Path(given["model"]).is_dir() else ".") / EVALUATION_FOLDER
     if given["batch_size"] < 1:
         raise UserError(f"--batch_size must be at least 1, got {given['batch_size']}")
     if given["smoothing"] is not None and not 0 <= given["smoothing"] < 1:

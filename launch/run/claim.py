@@ -8,6 +8,7 @@ from typing import IO
 
 from launch.common.errors import UserError
 from launch.common.paths import (
+    ABOUT,
     DEEPSPEED,
     DROPPED,
     LOCK,
@@ -17,6 +18,7 @@ from launch.common.paths import (
     PREVIEW_HTML,
     PREVIEW_JSONL,
     RECIPE,
+    REPORT,
     RUNS,
     SAMPLES,
     STARTED,
@@ -27,7 +29,7 @@ from launch.process.ranks import rank
 from launch.run.checkpoints import checkpoints
 from launch.run.compare import check_recipe
 
-WRITTEN_FILES = (LOCK, RECIPE, STARTED, METRICS, DEEPSPEED, SAMPLES, DROPPED, TENSORBOARD)
+WRITTEN_FILES = (LOCK, RECIPE, STARTED, METRICS, DEEPSPEED, SAMPLES, DROPPED, ABOUT, REPORT, TENSORBOARD)
 NUMBER = re.compile("[0-9]{1,9}")  # of a run; a longer one is no count, and its successor may be too long for a name
 PREVIEW_FILES = (PREVIEW_HTML, PREVIEW_JSONL)  # may be there before a run is
 _locks: dict[Path, IO] = {}

@@ -134,7 +134,15 @@ def test_export_loads_and_is_what_was_trained(runs, tied):
     prompt = tokenizer(sample["prompt"], return_tensors="pt", add_special_tokens=False).input_ids
     bos = torch.tensor([[tokenizer.bos_token_id]])
     output = model.generate(torch.cat([bos, prompt], 1), max_new_tokens=48, do_sample=False)
-    assert tokenizer.decode(output[0, 1 + prompt.shape[1] :], skip_special_tokens=True) == sample["completion"]
+    completed = output[0, 1 + prompt.shape[1] :]
+    assert tokenizer.decode(completed, skip_special_tokens=True) == sample["completion"]
+    with torch.no_grad():
+        probable = model(output).logits[0, prompt.shape[1] : -1].softmax(-1).gather(1, completed[:, None])[:, 0]
+    texts, sure = zip(*sample["tokens"], strict=True)
+    assert "".join(texts).removesuffix(tokenizer.eos_token) == sample["completion"]
+    assert list(sure) == pytest.approx(probable.tolist(), abs=1e-4)
+    report = (run / "report.html").read_text()
+    assert report.count("<figure>") >= 5 and report.count("<ruby") >= len(texts)
 
 
 def test_loss_is_smoothed_and_nll_is_not(runs):
@@ -154,6 +162,7 @@ def _arguments(folder: Path, setup, tied: bool) -> list[str]:
         "tp": tp,
         "zero": zero,
         "gradient_accumulation_steps": accumulation,
+        "no_report": setup != (2, 2, 2, 3, ""),
         "per_device_train_batch_size": GLOBAL_BATCH // accumulation // (ranks // tp),
     }
     return [*extra.split(), *flags(values)]

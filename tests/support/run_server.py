@@ -81,9 +81,12 @@ def _run(before: str, todo: list[list[str]]) -> None:
 
 
 def run_all(todo: list[list[str]]) -> None:
-    """Run `launch/sft.py`'s main with each list of arguments, one after another."""
+    """Run `launch/sft.py`'s main with each list of arguments, one after another.
+
+    Drawing a report takes as long as such a run: none is written unless asked for.
+    """
     for arguments in todo:
-        main(arguments)
+        main(arguments if "--no_report" in arguments else [*arguments, "--no_report", "true"])
         gc.collect()
 
 

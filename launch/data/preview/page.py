@@ -27,16 +27,21 @@ class Section:
 
 def page(title: str, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
     """Return the page. What there is to say of all rows that were kept is said once, at its top."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    filters = (visible, plain, runs, hint, strip, close_dropped)
-    environment.filters |= {function.__name__: function for function in filters}
-    template = environment.get_template("page.html")
+    template = environment().get_template("page.html")
     shown = [section for section in sections if section.rows]
     kept = [row for section in shown for row in section.rows if row.input_ids]
     notes = [note for note in kept[0].notes if len(kept) > 1 and all(note in row.notes for row in kept)]
     return template.render(title=title, facts=facts, sections=shown, notes=notes)
+
+
+def environment(*folders: Path) -> jinja2.Environment:
+    """Return what renders pages: templates in `folders`, then those of a preview, and its filters for texts."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([*folders, TEMPLATES]), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    filters = (visible, plain, runs, hint, strip, close_dropped)
+    made.filters |= {function.__name__: function for function in filters}
+    return made
 
 
 def hint(piece: Piece) -> str:

@@ -209,7 +209,7 @@ def test_a_corrected_recipe_starts_anew_where_nothing_was_trained(run, capsys):
 
 
 LINKS = [".lock", "recipe.yaml", "metrics.jsonl", "deepspeed.json", "samples.jsonl", ".recipe.yaml.partial"]
-LINKS += ["model", "runs", "dropped.txt"]
+LINKS += ["model", "runs", "dropped.txt", "about.json", "report.html"]
 
 
 @pytest.mark.parametrize("name", [*LINKS, "checkpoint.partial", "model.partial"])
