@@ -54,6 +54,13 @@ class ModelFlags:
             "metavar": "JSON",
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of transformers (default: the model's, mostly sdpa).",
+            "choices": ["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"],
+        },
+    )
     tokenizer_size: int = field(
         default=4000, metadata={"help": "Vocabulary of the SentencePiece tokenizer trained for --model_config."}
     )

@@ -48,22 +48,23 @@ def build_model(options: SftOptions, tokenizer, dtype: torch.dtype, seed: int) -
     values = {name: value for name, value in given.items() if name != "model_type"}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | special | values
+    attention = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     try:
         _check_sizes(values, config_class)
         _check_dtype(values)
         config = AutoConfig.for_model(given["model_type"], **values)
         _check_keys(given, config_class)
         _check_heads(config)
-        _check_weightless(config, dtype, options.tp)
+        _check_weightless(config, dtype, options.tp, attention)
         torch.manual_seed(seed)
         if not is_deepspeed_zero3_enabled():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     except UserError:
         raise
     except Exception as error:  # a configuration can be wrong in more ways than transformers checks
         raise UserError(f"--model_config: {_reason(error, given)}") from None
     # the ranks partition the weights together, so an error here may be that another rank exited
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
 
 
 def _config_class(given: dict) -> type[PreTrainedConfig]:
@@ -121,10 +122,10 @@ def _check_heads(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_weightless(config: PreTrainedConfig, dtype: torch.dtype, tp: int) -> None:
+def _check_weightless(config: PreTrainedConfig, dtype: torch.dtype, tp: int, attention: dict[str, str]) -> None:
     """Build the model without weights, which finds most errors; refuse what `tp` ranks or memory cannot hold."""
     with weightless():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **attention)
     if tp > 1 and (problem := split_problem(model, tp)):
         raise UserError(problem)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,10 +1,12 @@
 """What is wrong with a model before it is trained: how it was loaded, and what its configuration allows."""
 
+import torch
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch.common.errors import UserError
 from launch.common.messages import counted, error_line, shortened
 from launch.config.options import SftOptions
+from launch.process.device import uses_gpu
 from launch.process.ranks import say
 
 
@@ -14,6 +16,7 @@ def check_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     _check_length(model.config, options.max_length)
     _check_vocabulary(model.config, tokenizer)
     _check_generation(model)
+    _check_attention(model)
 
 
 def check_loaded(model: str, found: dict) -> None:
@@ -28,6 +31,15 @@ def check_loaded(model: str, found: dict) -> None:
         )
     if unknown:
         say(f"{counted(len(unknown), 'weight')} of {model} not in its configuration: {shortened(', '.join(unknown))}")
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    """Refuse attention that would fail in the first step."""
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None) or ""
+    if attention == "flex_attention" and not uses_gpu():
+        raise UserError("flex_attention has no backward pass on a CPU; give --attn_implementation sdpa")
+    if "flash" in attention and model.dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(f"{attention} takes half precision alone; give --bf16 true, or --attn_implementation sdpa")
 
 
 def _check_causal(config: PreTrainedConfig) -> None:

@@ -65,6 +65,7 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
                 options.model,
                 dtype=dtype,
                 trust_remote_code=options.trust_remote_code,
+                attn_implementation=options.attn_implementation,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `check_loaded` names them
                 output_loading_info=True,

@@ -22,6 +22,7 @@ FREE = {
     "save_steps", "save_strategy", "save_total_limit", "resume_from_checkpoint", "stall_timeout", "on_nonfinite",
     "max_steps", "num_train_epochs",
     "tp", "zero", "offload", "deepspeed", "head", "chunk_bytes", "gradient_checkpointing", "merge_adapter",
+    "attn_implementation",
     "per_device_train_batch_size", "gradient_accumulation_steps",
     "dataloader_num_workers", "dataloader_prefetch_factor", "trust_remote_code",
 }

@@ -13,6 +13,7 @@ from launch.common.errors import UserError
 from launch.config.options import SftOptions
 from launch.data.tokenizer import load_tokenizer
 from launch.data.train_tokenizer import train_tokenizer
+from launch.model.checks import check_trainable
 from launch.model.load import load_model
 from launch.training.export import assert_complete
 from smoothing import UnsupportedModel
@@ -172,6 +173,22 @@ def test_weights_that_are_not_the_configurations_are_not_made_up(tokenizer, tmp_
     save_file(change(weights), tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"does not hold the weights of its configuration: {words}"):
         load_model(SftOptions(model=str(tmp_path)), tokenizer, torch.float32, seed=0)
+
+
+def test_the_attention_can_be_chosen(tokenizer, tmp_path):
+    build(tokenizer).save_pretrained(tmp_path)
+    for source in ({"model": str(tmp_path)}, {"model_config": SMALL}):
+        for attention in (None, "eager"):
+            options = SftOptions(**source, attn_implementation=attention)
+            model = load_model(options, tokenizer, torch.float32, seed=0)
+            assert model.config._attn_implementation == (attention or "sdpa")
+        for attention, words in (("flash_attention_2", "installed"), ("flex_attention", "no backward pass on a CPU")):
+            with pytest.raises(UserError, match=words):
+                load_model(SftOptions(**source, attn_implementation=attention), tokenizer, torch.float32, seed=0)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match="flash_attention_2 takes half precision alone; give --bf16 true"):
+        check_trainable(model, tokenizer, SftOptions())
+    check_trainable(model.bfloat16(), tokenizer, SftOptions())
 
 
 def test_weights_that_have_no_place_are_said(tokenizer, tmp_path, capsys):

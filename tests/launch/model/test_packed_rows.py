@@ -238,6 +238,28 @@ def test_a_changed_row_leaves_its_neighbours_losses_bit_identical(tokenizer_and_
     assert (before[changed][1:] != after[changed][1:]).all()
 
 
+def losses_of(model, *groups: list[dict]) -> torch.Tensor:
+    """Of packed rows, without gradients."""
+    batch, seen = PadPacked(PAD)(packed(*groups)), []
+    with torch.no_grad(), install_smoothed_loss(model, label_smoothing=0.1, head="fused", on_stats=seen.append):
+        model(**inputs_of(batch), num_items_in_batch=batch["label_tokens"])
+    return seen[0].nll
+
+
+def test_flex_attention_keeps_rows_apart(tokenizer_and_model):
+    """Its forward pass alone, which is all that torch has of it on a CPU; not compiled, which takes half a minute."""
+    model = copy.deepcopy(tokenizer_and_model[1]).eval()
+    rows, others = rows_of(11, 6, 14, 9), rows_of(11, 6, 14, 9, seed=1)
+    expected = losses_of(model, rows[:3], rows[3:])
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        before = losses_of(model, rows[:3], rows[3:])
+        after = losses_of(model, [rows[0], others[1], rows[2]], rows[3:])
+        assert problem(model) is None
+    torch.testing.assert_close(before, expected, rtol=1e-5, atol=1e-5)
+    assert (before != after).any() and (before != after)[0, 11 : 11 + 6 - 1].sum() == (before != after).sum()
+
+
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale=None, **_):
     """What the kernel of flash attention computes: [tokens, heads, size], each row by itself."""
     assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
