@@ -12,6 +12,7 @@ from smoothing.model.installed_loss import Installation, InstalledLoss, OnStats
 from smoothing.model.support import UnsupportedModel, own_scale, own_softcap, smoothing_problem
 
 HEADS = ("fused", "sharded", "dense")
+WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 
 def install_smoothed_loss(
@@ -124,7 +125,7 @@ def check_model(model: nn.Module, head: str) -> None:
 
 
 def causal_lm(model: Any) -> Any:
-    """Return the causal LM inside an engine, DDP, `torch.compile` or PEFT: what has `loss_function` and a head.
+    """Return the causal LM inside an engine, DDP, FSDP, `torch.compile` or PEFT: what has `loss_function` and a head.
 
     Args:
         model: the causal LM, or what wraps it.
@@ -146,6 +147,6 @@ def causal_lm(model: Any) -> Any:
 
 
 def _inside(model: Any) -> nn.Module | None:
-    """What a DeepSpeed engine, DDP and the like (`module`) or `torch.compile` (`_orig_mod`) wraps."""
-    parts = (vars(model).get("_modules", {}).get(name) for name in ("_orig_mod", "module"))
+    """What a DeepSpeed engine, DDP and the like (`module`), `torch.compile` or the first FSDP wraps."""
+    parts = (vars(model).get("_modules", {}).get(name) for name in WRAPPED)
     return next((part for part in parts if isinstance(part, nn.Module)), None)

@@ -18,8 +18,12 @@ class LinearMap(NamedTuple):
 
 
 def acting_head(model: Any) -> Any:
-    """Return the module that computes the logits: in PEFT's `ModulesToSaveWrapper` the copy that is trained."""
+    """Return the module that computes the logits: in PEFT's `ModulesToSaveWrapper` the copy that is trained.
+
+    What the first FSDP wraps: its forward runs inside of the wrapper's, where its weight is whole.
+    """
     lm_head = model.get_output_embeddings()
+    lm_head = getattr(lm_head, "_fsdp_wrapped_module", lm_head)
     if not (hasattr(lm_head, "modules_to_save") and hasattr(lm_head, "original_module")):
         return lm_head
     active = (

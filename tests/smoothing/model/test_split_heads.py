@@ -3,6 +3,7 @@
 Held to the same model on one process with `F.cross_entropy(label_smoothing=)`: losses and all gradients.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -12,10 +13,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoothing import install_smoothed_loss, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from smoothing.install import causal_lm
 from tests.smoothing.model.test_install import HIDDEN, TOKENS, VOCAB, batch, model_of
 from tests.support.ranks import pool
 
 transformers = pytest.importorskip("transformers")
+
+
+WHOLE_LOGITS = ("fsdp", "fsdp1", "fsdp1-flat", "ddp")  # these split or copy weights, not logits
 
 
 class Gathered(TorchDispatchMode):
@@ -41,11 +46,27 @@ def plain() -> dict:
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 
+@contextlib.contextmanager
+def fsdp1_on_a_cpu():
+    """Tell the first FSDP to run here: it looks for a GPU, but needs none."""
+    from torch.distributed.fsdp import fully_sharded_data_parallel as module
+    from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
+
+    def init_device_handle(state, *_):
+        state._device_handle = _FSDPDeviceHandle.from_device(torch.device("cpu"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_init_device_handle", init_device_handle)
+        yield
+
+
 def split(way: str, path: str | None):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import CustomPolicy
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.nn.parallel import DistributedDataParallel
     from transformers.distributed import DistributedConfig
 
     size = dist.get_world_size()
@@ -63,6 +84,13 @@ def split(way: str, path: str | None):
         "dtensor": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
         "replicated": ColwiseParallel(output_layouts=Replicate()),
     }
+    if way == "ddp":
+        return DistributedDataParallel(model)
+    if way in ("fsdp1", "fsdp1-flat"):
+        # the head is a unit of its own, as under a size-based policy
+        wrapped = CustomPolicy(lambda module: module in (model.lm_head, *model.model.layers))
+        with fsdp1_on_a_cpu():
+            return FullyShardedDataParallel(model, auto_wrap_policy=wrapped, use_orig_params=way == "fsdp1")
     if way == "fsdp":
         fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (size,)))
         fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
@@ -76,22 +104,38 @@ def split(way: str, path: str | None):
     return model
 
 
-def train(way: str, head: str, path: str | None) -> dict:
+def weights(model) -> dict[str, torch.Tensor]:
+    """Whole weights, by their names in the model itself."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    def whole(x):
-        return x.full_tensor() if isinstance(x, DTensor) else x
+    whole = contextlib.nullcontext()
+    if isinstance(model, FullyShardedDataParallel):
+        whole = FullyShardedDataParallel.summon_full_params(model)
+    with whole:
+        return {
+            name.replace("module.", "").replace("_fsdp_wrapped_", ""): (
+                weight.full_tensor() if isinstance(weight, DTensor) else weight
+            )
+            .detach()
+            .clone()
+            for name, weight in causal_lm(model).named_parameters()
+        }
 
+
+def train(way: str, head: str, path: str | None) -> dict:
     model = split(way, path)
+    before = {name: weight.clone() for name, weight in weights(model).items()}
     with install_smoothed_loss(model, head=head):
         with Gathered() as gathered:
             loss = model(**batch()).loss
             loss.backward()
-        gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        gradients = {name: before[name] - weight for name, weight in weights(model).items()}
         model.eval()
         with torch.no_grad():
-            evaluation = model(**batch()).loss
-    return {"loss": loss.detach(), **gradients}, evaluation, gathered.most
+            evaluation = model(**batch())
+    return {"loss": loss.detach(), **gradients}, evaluation.loss, evaluation.logits.shape[-1], gathered.most
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +146,9 @@ def saved(tmp_path_factory):
 
 
 def ways():
-    for way in ("local", "dtensor", "replicated", "tp_plan", "fsdp"):
+    for way in ("local", "dtensor", "replicated", "tp_plan", "fsdp", "fsdp1", "fsdp1-flat", "ddp"):
         yield way, "fused"
-        if way != "fsdp":  # which splits no logits
+        if way not in WHOLE_LOGITS:
             yield way, "sharded"
     yield "local", "dense"
     yield "dtensor", "dense"
@@ -113,11 +157,12 @@ def ways():
 @pytest.mark.parametrize(("way", "head"), ways())
 def test_a_split_model_trains_as_one_process_does(way, head, saved):
     expected, nll = plain(), None
-    for result, evaluation, most in pool(2).run(train, way, head, saved, time_limit=90):
+    for result, evaluation, width, most in pool(2).run(train, way, head, saved, time_limit=90):
         nll = evaluation if nll is None else nll
         assert torch.equal(evaluation, nll)
+        assert (width < VOCAB) == (way == "local"), "logits are as the plan of torch leaves them"
         assert result.keys() == expected.keys()
-        if head == "fused" and way != "fsdp":  # which gathers weights
+        if head == "fused" and way not in WHOLE_LOGITS:
             assert most <= 8, "more than a loss and its probes has been gathered"
         elif head == "sharded" and way != "replicated":
             assert most < 2 * TOKENS * VOCAB, "logits have been gathered"
@@ -131,7 +176,7 @@ def fsdp_by_tp() -> tuple:
 
 def test_fsdp_by_tensor_parallelism():
     expected = plain()
-    for result, _, _ in pool(4).run(fsdp_by_tp, time_limit=120):
+    for result, *_ in pool(4).run(fsdp_by_tp, time_limit=120):
         for name, value in expected.items():
             torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
