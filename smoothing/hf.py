@@ -1,10 +1,11 @@
 """The smoothed loss in a `transformers.Trainer`, and smoothing taken out of what `generate` samples from."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TrainerCallback
+from transformers import LogitsProcessor, Trainer, TrainerCallback
 
 from smoothing.calibration.numbers import FLOOR
 from smoothing.calibration.unsmooth import unsmooth
@@ -22,8 +23,8 @@ class SmoothedLossCallback(TrainerCallback):
 
     Raises:
         ValueError: in `on_train_begin`, in a process with several GPUs, whose model Trainer would copy to each, with
-            a `label_smoothing_factor`, and what `install_smoothed_loss` raises; before the first step of the
-            optimizer if the loss has not been called, as with a `compute_loss_func`, which a callback cannot see.
+            a `label_smoothing_factor`, a `compute_loss_func`, or a trainer of TRL's, and what `install_smoothed_loss`
+            raises; before the first step of the optimizer if the loss has not been called.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -38,15 +39,40 @@ class SmoothedLossCallback(TrainerCallback):
                 f"label_smoothing_factor={args.label_smoothing_factor} of the TrainingArguments would take the "
                 "labels away from the installed loss: set it to 0; SmoothedLossCallback has its own label_smoothing="
             )
+        if problem := _other_loss(_calling_trainer()):
+            raise ValueError(problem)
         if self.installed is None:
             self.installed = install_smoothed_loss(model, **self.options)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.installed is not None and not self.installed.called:
             raise ValueError(
-                "the trainer has computed another loss than the installed one, which has not been called: "
-                "compute_loss_func, or a compute_loss of its own, takes the labels away from it; leave it out"
+                "the trainer has computed another loss than the installed one, which has not been called: its own "
+                "compute_loss takes the labels away from it; leave it out, or call Trainer.compute_loss in it"
             )
+
+
+def _calling_trainer() -> Any:
+    """The trainer whose event is being handled, by the frames of the calls: it hands callbacks all but itself."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _other_loss(trainer: Any) -> str | None:
+    """Why this trainer would not call the loss of its model, or None."""
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return (
+            "compute_loss_func would take the labels away from the installed loss: leave it out, "
+            "SmoothedLossCallback is the loss"
+        )
+    if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__) and not hasattr(trainer, "smoothed"):
+        return (
+            f"TRL's {type(trainer).__name__} computes its loss itself: leave out SmoothedLossCallback, and take "
+            "smoothing.trl.SmoothedSFTTrainer(..., label_smoothing=) in the place of SFTTrainer"
+        )
+    return None
 
 
 class UnsmoothLogits(LogitsProcessor):

@@ -29,7 +29,7 @@ SMOOTHING = [
     {"linear"},
     {"logits_loss", "linear_loss", "reference", "calibration"},
     {"model"},
-    {"install", "hf", "__init__"},
+    {"install", "hf", "trl", "__init__"},
 ]
 
 

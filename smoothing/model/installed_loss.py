@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smoothing.calibration.numbers import TokenNumbers, linear_token_numbers, token_numbers
 from smoothing.core.call import TokenStats
-from smoothing.core.dtensor import is_dtensor
+from smoothing.core.dtensor import is_dtensor, local_head, local_logits
 from smoothing.core.options import LossOptions
 from smoothing.linear_loss import vocab_parallel_linear_cross_entropy
 from smoothing.logits_loss import vocab_parallel_cross_entropy
@@ -27,6 +28,10 @@ OnStats = Callable[[TokenStats], None]
 OWN_LOSS = (
     "this model computes its loss itself, not by its loss_function, so no other loss can be installed; pass its "
     "logits to smoothing.vocab_parallel_cross_entropy instead"
+)
+TRL_LOSS = (
+    "TRL's trainers ask the model for a loss of their own (fused_lm_head): take smoothing.trl.SmoothedSFTTrainer in "
+    "the place of SFTTrainer, which installs the loss itself"
 )
 
 
@@ -59,6 +64,9 @@ class InstalledLoss:
         model.forward = self._forward
         model.loss_function = self
         self._installed, self.called = True, False
+        self.logits_in_eval = settings.logits_in_eval
+        # called with the numbers of each forward's tokens; the fused head computes its logits once more for them
+        self.on_numbers: Callable[[TokenNumbers], None] | None = None
 
     def remove(self) -> None:
         """Put back the loss that the model had before; the second time, nothing is done."""
@@ -113,12 +121,21 @@ class InstalledLoss:
             kwargs |= self._extra_kwargs() | {"logit_softcap": cap, "logit_scale": scale, "return_stats": True}
             value, stats = vocab_parallel_cross_entropy(logits, target, shard, **kwargs)
         self._report(stats)
+        if self.on_numbers is not None:
+            own, target, _, shard = local_logits(logits, target, None, shard)
+            cap = kwargs.get("logit_softcap")
+            scaled = own.detach() * kwargs.get("logit_scale", 1.0)
+            self.on_numbers(
+                token_numbers(scaled, target, shard, ignore_index=options.ignore_index, logit_softcap=cap)
+            )
         return value
 
     def _with_its_loss(self, forward: Callable[..., Any], given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's forward `forward(*args, **kwargs)`, whose arguments by name are `given`."""
         if not self._installed:
             return forward(*args, **kwargs)
+        if given.get("fused_lm_head"):
+            raise UnsupportedModel(TRL_LOSS)
         state = self._forward_state(Labels.of(given), given.get("label_tokens"))
         try:
             with self._lm_head.giving(state):
@@ -134,7 +151,7 @@ class InstalledLoss:
     def _forward_state(self, labels: Labels, label_tokens: int | None) -> ForwardState:
         """What the head is to give in a forward with these labels."""
         evaluation = not self.model.training and not torch.is_grad_enabled()
-        if not labels.given or self.settings.head == "dense" or (evaluation and self.settings.logits_in_eval):
+        if not labels.given or self.settings.head == "dense" or (evaluation and self.logits_in_eval):
             return ForwardState(Gives.ALL_LOGITS, labels)
         if self.settings.head == "sharded":
             return ForwardState(Gives.OWN_LOGITS, labels)
@@ -166,7 +183,23 @@ class InstalledLoss:
             **self._extra_kwargs(),
         )
         self._report(stats)
+        if self.on_numbers is not None:
+            self.on_numbers(self._numbers(hidden, weight, bias, target.to(hidden.device)))
         return value
+
+    def _numbers(self, hidden: Any, weight: Any, bias: Any, target: Tensor) -> TokenNumbers:
+        options = self.settings.options
+        hidden, weight, bias, target, _, shard = local_head(hidden, weight, bias, target, None, self.shard)
+        return linear_token_numbers(
+            hidden.detach() * options.logit_scale,
+            weight.detach(),
+            target,
+            shard,
+            bias=None if bias is None else bias.detach() * options.logit_scale,
+            ignore_index=options.ignore_index,
+            logit_softcap=options.logit_softcap,
+            chunk_bytes=self.settings.chunk_bytes,
+        )
 
     def _common_kwargs(self, num_items: Any) -> dict[str, Any]:
         """What is passed to every loss; smoothed only where the model trains."""
