@@ -135,6 +135,21 @@ def test_python_blocks_compile_and_import_what_is_there(document):
             assert all(hasattr(smoothing, part.strip()) for part in name.split(","))
 
 
+def test_lines_shown_are_in_the_examples():
+    """Each block of adoption.md that a section with an example shows is in that example, line by line."""
+    document = ROOT / "docs" / "adoption.md"
+    shown = 0
+    for section in _text(document).split("\n## ")[1:]:
+        examples = [document.parent / link for link in LINK.findall(section) if link.startswith("examples/")]
+        blocks = [body for language, body in FENCED.findall(section) if language == "python"]
+        for example in examples:
+            lines = {line.strip() for line in example.read_text().splitlines()}
+            for line in filter(None, "\n".join(blocks).splitlines()):
+                assert line.strip() in lines, f"{example.name}: {line}"
+                shown += 1
+    assert shown > 15
+
+
 def test_the_api_is_what_the_docstrings_say():
     assert (ROOT / "docs" / "api.md").read_text() == api(), "run `make docs`"
 
