@@ -42,7 +42,8 @@ def install_smoothed_loss(
             `outputs.logits` is None. "sharded": the loss takes each rank's own logits, which are not gathered.
             "dense": they are, and `F.cross_entropy` takes them: the baseline to compare with.
         ignore_index: label of positions that have none.
-        smoothing_prior: `[S]` floating point, this rank's slice of a distribution over the vocabulary; None: uniform.
+        smoothing_prior: `[V]` floating point, a distribution over the vocabulary, of which each rank takes its part; or
+            `[S]`, this rank's slice of one; None: uniform.
         z_loss: weight of `lse(z)²`, at least 0.
         logit_softcap: `cap` of `cap·tanh(z / cap)`; None: the model's own, or none.
         logit_scale: what logits are multiplied by; None: what the model itself does (Granite, Cohere), or nothing.
@@ -100,7 +101,7 @@ def _prior_problem(prior: object) -> str | None:
     if prior is None or (isinstance(prior, Tensor) and prior.dim() == 1):
         return None
     got = f"shape {tuple(prior.shape)}" if isinstance(prior, Tensor) else type(prior).__name__
-    return f"smoothing_prior must be a tensor of one dimension, this rank's slice of a distribution, got {got}"
+    return f"smoothing_prior must be a tensor of one dimension, a distribution or this rank's slice of one, got {got}"
 
 
 def check_model(model: nn.Module, head: str) -> None:

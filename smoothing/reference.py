@@ -58,15 +58,22 @@ def hf_label_smoother(
 
 
 def onehot_cross_entropy(
-    logits_TV: Tensor, target_T: Tensor, label_smoothing: float, ignore_index: int = DEFAULT_IGNORE_INDEX
+    logits_TV: Tensor,
+    target_T: Tensor,
+    label_smoothing: float,
+    ignore_index: int = DEFAULT_IGNORE_INDEX,
+    prior_V: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """Cross entropy against the smoothed labels `onehot·(1-ε) + ε/V`, written out.
+    """Cross entropy against the smoothed labels `onehot·(1-ε) + ε·u`, written out; and `z_loss·lse(z)²`.
 
     Args:
         logits_TV: `[T, V]` floating point.
         target_T: `[T]` int64.
         label_smoothing: ε, in [0, 1].
         ignore_index: label of tokens that have none.
+        prior_V: `[V]` u, a distribution over the vocabulary; None: uniform.
+        z_loss: weight of `lse(z)²`.
 
     Returns:
         The mean over the labelled tokens, `[]`, in the logits' dtype.
@@ -74,5 +81,7 @@ def onehot_cross_entropy(
     labelled_T = target_T != ignore_index
     logits_TV, target_T = logits_TV[labelled_T], target_T[labelled_T]
     vocab_size = logits_TV.shape[-1]
-    q_TV = F.one_hot(target_T, vocab_size).to(logits_TV.dtype) * (1 - label_smoothing) + label_smoothing / vocab_size
-    return -(q_TV * F.log_softmax(logits_TV, dim=-1)).sum(-1).mean()
+    u_V = 1 / vocab_size if prior_V is None else prior_V.to(logits_TV)
+    q_TV = F.one_hot(target_T, vocab_size).to(logits_TV.dtype) * (1 - label_smoothing) + label_smoothing * u_V
+    loss_T = -(q_TV * F.log_softmax(logits_TV, dim=-1)).sum(-1)
+    return (loss_T + z_loss * logits_TV.logsumexp(-1).square()).mean()

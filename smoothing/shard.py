@@ -5,6 +5,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class VocabShard:
     def real_size(self) -> int:
         """Columns held that are not padding."""
         return max(0, min(self.stop, self.vocab_size) - self.start)
+
+    def part_of(self, whole_V: Tensor) -> Tensor:
+        """Return this rank's part of `[vocab_size]` numbers, `[size]`, with zeros for padding."""
+        own = whole_V[self.start : self.stop]
+        return own if len(own) == self.size else F.pad(own, (0, self.size - len(own)))
 
     @property
     def world_size(self) -> int:

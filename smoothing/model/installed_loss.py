@@ -118,7 +118,8 @@ class InstalledLoss:
             # the model's own scale and softcap are in its logits already
             cap = options.logit_softcap if self._lm_head.softcap is None else None
             scale = options.logit_scale if self._lm_head.scale == 1 else 1.0
-            kwargs |= self._extra_kwargs() | {"logit_softcap": cap, "logit_scale": scale, "return_stats": True}
+            kwargs |= self._extra_kwargs(self._lm_head.forward_state.shard if is_dtensor(logits) else shard)
+            kwargs |= {"logit_softcap": cap, "logit_scale": scale, "return_stats": True}
             value, stats = vocab_parallel_cross_entropy(logits, target, shard, **kwargs)
         self._report(stats)
         if self.on_numbers is not None:
@@ -180,7 +181,7 @@ class InstalledLoss:
             label_tokens=label_tokens,
             return_stats=True,
             **self._common_kwargs(num_items),
-            **self._extra_kwargs(),
+            **self._extra_kwargs(self._lm_head.forward_state.shard),
         )
         self._report(stats)
         if self.on_numbers is not None:
@@ -210,13 +211,14 @@ class InstalledLoss:
             "num_items_in_batch": num_items,
         }
 
-    def _extra_kwargs(self) -> dict[str, Any]:
+    def _extra_kwargs(self, shard: VocabShard | None) -> dict[str, Any]:
         """What is passed besides, which neither `F.cross_entropy` nor evaluation has."""
-        training = self.model.training
-        return {
-            "smoothing_prior": self.settings.prior if training else None,
-            "z_loss": self.settings.options.z_loss if training else 0.0,
-        }
+        if not self.model.training:
+            return {"smoothing_prior": None, "z_loss": 0.0}
+        prior = self.settings.prior
+        if prior is not None and shard is not None and len(prior) == shard.vocab_size:
+            prior = shard.part_of(prior)
+        return {"smoothing_prior": prior, "z_loss": self.settings.options.z_loss}
 
     def _report(self, stats: TokenStats) -> None:
         if self.settings.on_stats is not None:

@@ -829,7 +829,8 @@ def engine_losses(state: dict, stage: int, tied: bool, steps: int, **options) ->
         "tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True},
     }
     engine, *_ = deepspeed.initialize(model=model, config=settings)
-    if (prior := options.get("smoothing_prior")) is not None:
+    if (prior := options.get("smoothing_prior")) is not None and options["head"] == "sharded":
+        # this rank's slice, where the fused head is given the whole
         shard = VocabShard.of(engine.module.lm_head)
         options["smoothing_prior"] = prior[shard.start : shard.stop]
     losses = []

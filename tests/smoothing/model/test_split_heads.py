@@ -1,6 +1,6 @@
 """Losses in models that torch or transformers has split: tensor parallel by DTensors, FSDP2, and both at once.
 
-Held to the same model on one process with `F.cross_entropy(label_smoothing=)`: losses and all gradients.
+Held to the same model on one process with the loss written out, prior and z-loss with it: losses and all gradients.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoothing import install_smoothed_loss, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 from smoothing.install import causal_lm
-from tests.smoothing.model.test_install import HIDDEN, TOKENS, VOCAB, batch, model_of
+from smoothing.reference import onehot_cross_entropy
+from tests.smoothing.model.test_install import EXTRAS, HIDDEN, TOKENS, VOCAB, batch, model_of
 from tests.support.ranks import pool
 
 transformers = pytest.importorskip("transformers")
@@ -37,11 +38,12 @@ class Gathered(TorchDispatchMode):
         return result
 
 
-def plain() -> dict:
+def plain(extras: bool) -> dict:
     """Loss and gradients of one process."""
     model, inputs = model_of(), batch()
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), label_smoothing=0.1)
+    more = {"prior_V": EXTRAS["smoothing_prior"], "z_loss": EXTRAS["z_loss"]} if extras else {}
+    loss = onehot_cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), 0.1, **more)
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
@@ -126,7 +128,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 def train(way: str, head: str, path: str | None) -> dict:
     model = split(way, path)
     before = {name: weight.clone() for name, weight in weights(model).items()}
-    with install_smoothed_loss(model, head=head):
+    with install_smoothed_loss(model, head=head, **({} if head == "dense" else EXTRAS)):
         with Gathered() as gathered:
             loss = model(**batch()).loss
             loss.backward()
@@ -156,7 +158,7 @@ def ways():
 
 @pytest.mark.parametrize(("way", "head"), ways())
 def test_a_split_model_trains_as_one_process_does(way, head, saved):
-    expected, nll = plain(), None
+    expected, nll = plain(extras=head != "dense"), None
     for result, evaluation, width, most in pool(2).run(train, way, head, saved, time_limit=90):
         nll = evaluation if nll is None else nll
         assert torch.equal(evaluation, nll)
@@ -175,7 +177,7 @@ def fsdp_by_tp() -> tuple:
 
 
 def test_fsdp_by_tensor_parallelism():
-    expected = plain()
+    expected = plain(extras=True)
     for result, *_ in pool(4).run(fsdp_by_tp, time_limit=120):
         for name, value in expected.items():
             torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
