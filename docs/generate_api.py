@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import smoothing
-from smoothing.hf import SmoothedLossCallback, UnsmoothLogits
+from smoothing.hf import SmoothedLossCallback, UnsmoothLogits, exported_prior
 from smoothing.model.installed_loss import InstalledLoss
 
 HEAD = """# API
@@ -27,13 +27,14 @@ PUBLIC = {
         smoothing.smoothed_cross_entropy: (),
         smoothing.TokenStats: (),
     },
-    "Shards": {smoothing.VocabShard: ("whole", "split", "of", "bounds", "size", "real_size")},
+    "Shards": {smoothing.VocabShard: ("whole", "split", "of", "bounds", "size", "real_size", "part_of")},
     "Calibration": {
         smoothing.token_numbers: (),
         smoothing.linear_token_numbers: (),
         smoothing.TokenNumbers: (),
         smoothing.unsmooth: (),
         UnsmoothLogits: ("of",),
+        exported_prior: (),
     },
     "Into a model": {
         smoothing.install_smoothed_loss: (),

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -24,6 +25,7 @@ from launch.data.streamed_rows import Share, StreamedRows
 from launch.model.adapters import with_adapter
 from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
+from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
 from launch.model.tensor_parallel.apply import split_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, world_size
@@ -44,6 +46,7 @@ from smoothing.hf import SmoothedLossCallback
 
 def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, SftTrainingArguments]:
     """The options, and `TrainingArguments` with the DeepSpeed configuration in them; starts the process group."""
+    check_prior_file(options, values.get("output_dir"))
     options, config = deepspeed_config(options, values.get("deepspeed"), world_size())
     check_precision(values, config, options.tp)
     note = accumulate_in_fp32(values, config)
@@ -151,6 +154,7 @@ def make_trainer(
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = load_model(options, tokenizer, dtype, args.seed)
+    prior = smoothing_prior(options, data, tokenizer, model, run.path)
     if options.tp > 1:
         split_model(model, args.hf_deepspeed_config.config["tensor_parallel"])
     model = with_adapter(model, options, args.seed)
@@ -169,17 +173,19 @@ def make_trainer(
         milestones=Milestones(StopOnSignal()),
         facts=facts,
         keep=keep,
+        z_loss=options.z_loss,
         sampler=sampler,
     )
-    add_callbacks(trainer, options, starting)
+    prior = None if prior is None else prior.to(args.device)
+    add_callbacks(trainer, options, starting, prior)
     return trainer
 
 
-def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErrors) -> None:
+def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErrors, prior: Tensor | None) -> None:
     """Add all callbacks. The order of those before `milestones` does not matter; Trainer's own are the first."""
     for unused in (ProgressCallback, PrinterCallback):
         trainer.pop_callback(unused)
-    loss = {"label_smoothing": options.smoothing, "head": options.head, "chunk_bytes": options.chunk_bytes}
+    loss = loss_settings(options, prior) | {"head": options.head, "chunk_bytes": options.chunk_bytes}
     callbacks = [
         EngineReady(trainer),
         SmoothedLossCallback(**loss, on_stats=trainer.count, logits_in_eval=False),

@@ -4,8 +4,10 @@ import inspect
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LogitsProcessor, Trainer, TrainerCallback
+from transformers.utils import cached_file
 
 from smoothing.calibration.numbers import FLOOR
 from smoothing.calibration.unsmooth import unsmooth
@@ -75,40 +77,67 @@ def _other_loss(trainer: Any) -> str | None:
     return None
 
 
+def exported_prior(model: Any) -> Tensor | None:
+    """Return the prior that a model was trained with, `[V]`: of the file beside it that its configuration names.
+
+    Args:
+        model: a Hugging Face model, as `launch/sft.py` exports it.
+
+    Returns:
+        The prior, or None if it was uniform.
+
+    Raises:
+        ValueError: if the file is not there.
+    """
+    name = getattr(model.config, "smoothing_prior", None)
+    if name is None:
+        return None
+    place = model.config.name_or_path
+    try:
+        file = cached_file(place, name, revision=getattr(model.config, "_commit_hash", None))
+    except OSError as error:
+        raise ValueError(f"the model was trained with a smoothing prior, and {name} is not in {place}") from error
+    prior: Tensor
+    (prior,) = load_file(file).values()
+    return prior
+
+
 class UnsmoothLogits(LogitsProcessor):
     """Takes the smoothing out of the probabilities that `generate` samples from: `logits_processor=[...]`.
 
-    Greedy and beam search choose by order, which a uniform smoothing keeps; sampling meets fewer unlikely tokens.
+    Greedy and beam search choose by order, which a uniform prior keeps; sampling meets fewer unlikely tokens.
 
     Args:
         label_smoothing: ε that the model was trained with, in [0, 1).
         floor: see `unsmooth`.
+        prior: see `unsmooth`.
 
     Raises:
         ValueError: for an ε outside of [0, 1).
     """
 
-    def __init__(self, label_smoothing: float, floor: float = FLOOR) -> None:
+    def __init__(self, label_smoothing: float, floor: float = FLOOR, prior: Tensor | None = None) -> None:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
-        self.label_smoothing, self.floor = float(label_smoothing), floor
+        self.label_smoothing, self.floor, self.prior = float(label_smoothing), floor, prior
 
     @classmethod
     def of(cls, model: Any, floor: float = FLOOR) -> "UnsmoothLogits":
-        """Return the processor for the ε in a model's own configuration, where `launch/sft.py` writes it.
+        """Return the processor for the ε in a model's configuration, where `launch/sft.py` writes it, and its prior.
 
         Args:
             model: a Hugging Face model.
             floor: see `unsmooth`.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no ε, or the file of the prior is not there.
         """
         label_smoothing = getattr(model.config, "label_smoothing", None)
         if label_smoothing is None:
             raise ValueError("the model's config.json has no label_smoothing; pass UnsmoothLogits(label_smoothing)")
-        return cls(label_smoothing, floor)
+        return cls(label_smoothing, floor, exported_prior(model))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        log_probs = unsmooth(scores.float().log_softmax(-1), self.label_smoothing, floor=self.floor)
+        log_probs = scores.float().log_softmax(-1)
+        log_probs = unsmooth(log_probs, self.label_smoothing, prior=self.prior, floor=self.floor)
         return log_probs.masked_fill(scores.isneginf(), -torch.inf)  # what another processor forbids stays forbidden

@@ -42,8 +42,8 @@ def install_smoothed_loss(
             `outputs.logits` is None. "sharded": the loss takes each rank's own logits, which are not gathered.
             "dense": they are, and `F.cross_entropy` takes them: the baseline to compare with.
         ignore_index: label of positions that have none.
-        smoothing_prior: `[V]` floating point, a distribution over the vocabulary, of which each rank takes its part; or
-            `[S]`, this rank's slice of one; None: uniform.
+        smoothing_prior: `[V]` floating point, a distribution over the vocabulary, of which each rank takes its part;
+            or `[S]`, this rank's slice of one; None: uniform.
         z_loss: weight of `lse(z)²`, at least 0.
         logit_softcap: `cap` of `cap·tanh(z / cap)`; None: the model's own, or none.
         logit_scale: what logits are multiplied by; None: what the model itself does (Granite, Cohere), or nothing.

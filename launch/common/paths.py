@@ -13,6 +13,7 @@ DROPPED = "dropped.txt"
 SAMPLES = "samples.jsonl"
 ABOUT = "about.json"
 REPORT = "report.html"
+SMOOTHING_PRIOR = "smoothing_prior.safetensors"  # of a run, and of a model that it exports
 PREVIEW = "preview"  # in RUNS, where a preview is written if no directory is named
 PREVIEW_HTML = "preview.html"
 PREVIEW_JSONL = "preview.jsonl"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from launch.common.errors import UserError
 from launch.config.chat_template import NONE, read_chat_template, reserved
 from launch.config.columns import column_names
+from launch.config.smoothing_prior import prior_name_problem
 
 
 @dataclass
@@ -19,6 +20,18 @@ class LossFlags:
     _argument_group_name = "loss"
 
     smoothing: float = field(default=0.1, metadata={"help": "Label smoothing, in [0, 1]."})
+    smoothing_prior: str = field(
+        default="uniform",
+        metadata={
+            "help": "Where the mass of the smoothing goes. uniform: to all of the vocabulary alike. unigram: as "
+            "often as each token is a training label. Or a distribution over the vocabulary, .npy or .safetensors.",
+            "metavar": "uniform|unigram|FILE",
+        },
+    )
+    z_loss: float = field(
+        default=0.0,
+        metadata={"help": "Weight of a z-loss, the square of each token's log of the sum of exp(logits)."},
+    )
     head: str = field(
         default="fused",
         metadata={
@@ -242,6 +255,8 @@ def check_options(options: SftOptions) -> None:
     """Raise `UserError` for a value out of its range, or two that contradict each other."""
     if not 0.0 <= options.smoothing <= 1.0:
         raise UserError(f"--smoothing must lie in [0, 1], got {options.smoothing}")
+    if problem := _loss_problem(options):
+        raise UserError(problem)
     if options.chunk_bytes is not None:
         from smoothing.linear.chunks import chunk_bytes_problem  # imports torch
 
@@ -274,6 +289,14 @@ def check_options(options: SftOptions) -> None:
         raise UserError(f"--stall_timeout must be at least 0 seconds, got {options.stall_timeout}")
     if options.offload and options.zero != 3:
         raise UserError(f"--offload goes with --zero 3, got --zero {options.zero}")
+
+
+def _loss_problem(options: SftOptions) -> str | None:
+    if not 0.0 <= options.z_loss < math.inf:
+        return f"--z_loss must be a finite number of at least 0, got {options.z_loss}"
+    if options.z_loss and options.head == "dense":
+        return "--z_loss cannot be used with --head dense, which is F.cross_entropy; use --head fused or sharded"
+    return prior_name_problem(options.smoothing_prior, options.smoothing, options.head, options.streaming)
 
 
 def _data_problem(options: SftOptions) -> str | None:

@@ -15,6 +15,7 @@ from launch.model.load import load_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import on_all_ranks, rank, world_size
 from smoothing import TokenNumbers, VocabShard, linear_token_numbers, token_numbers
+from smoothing.hf import exported_prior
 from smoothing.model.head_weight import is_sharded
 from smoothing.model.support import own_scale, own_softcap
 
@@ -29,6 +30,10 @@ class Evaluator:
         self.tp, self.batch_size = options.tp, batch_size
         self.model = load_model(options, tokenizer, torch.bfloat16 if bf16 else torch.float32, seed=0)
         self.label_smoothing: float | None = getattr(self.model.config, "label_smoothing", None)
+        try:
+            self.prior = exported_prior(self.model)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         self.vocab_size: int = self.model.get_output_embeddings().weight.shape[0]
         self._engine = _split(self.model, self.tp, bf16) if self.tp > 1 else None
         self.model = self.model.to(self.device).eval() if self._engine is None else self._engine.module.eval()
@@ -81,6 +86,10 @@ class Evaluator:
             raise UserError(f"there are {len(rows)} rows, fewer than the {groups} groups of ranks; start fewer")
         return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
+    def _prior_of(self, shard: VocabShard | None) -> Tensor | None:
+        prior = None if self.prior is None else self.prior.to(self.device)
+        return prior if prior is None or shard is None else shard.part_of(prior)
+
     @torch.no_grad()
     def numbers(self, input_ids: Tensor, mask: Tensor, target: Tensor, options: dict) -> TokenNumbers:
         """Return the numbers of one batch; the head computes them without its logits where it is a plain one."""
@@ -89,14 +98,22 @@ class Evaluator:
         if not plain or own_scale(self.model) != 1:
             logits = self.model(**inputs, use_cache=False).logits
             whole = self.shard is None or logits.shape[-1] == self.shard.vocab_size
-            return token_numbers(logits, target, None if whole else self.shard, **options)
+            shard = None if whole else self.shard
+            return token_numbers(logits, target, shard, smoothing_prior=self._prior_of(shard), **options)
         found: list[TokenNumbers] = []
 
         def in_place_of_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             bias, cap = self.head.bias, own_softcap(self.model)
             found.append(
                 linear_token_numbers(
-                    hidden, self.head.weight, target, self.shard, bias=bias, logit_softcap=cap, **options
+                    hidden,
+                    self.head.weight,
+                    target,
+                    self.shard,
+                    bias=bias,
+                    logit_softcap=cap,
+                    smoothing_prior=self._prior_of(self.shard),
+                    **options,
                 )
             )
             return hidden.new_zeros(1, 1, 1)

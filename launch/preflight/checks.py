@@ -17,6 +17,7 @@ from launch.data.batches import PadToLongest
 from launch.data.load import load_data
 from launch.model.adapters import with_adapter
 from launch.model.load import load_model
+from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
 from launch.preflight.loss_checks import capture_head_input, check_formulations, check_heads, check_split
 from launch.preflight.memory import Setup, estimate
 from launch.preflight.model_checks import check_installed, check_mask, check_overfit, check_packed_rows
@@ -33,6 +34,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     if world_size() > 1:
         raise UserError(f"--sanity runs on one device, but {world_size()} processes were started; start one")
     start = time.monotonic()
+    check_prior_file(options, None)
     options, config = deepspeed_config(options, training_values.get("deepspeed"), None)
     stage = config["zero_optimization"]["stage"]
     check_precision(training_values, config, options.tp)
@@ -42,20 +44,23 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     tokenizer, data = load_data(options)
     dtype = torch.bfloat16 if training_values.get("bf16") else torch.float32
     seed = training_values.get("seed", 42)
-    model = with_adapter(load_model(options, tokenizer, dtype, seed), options, seed).to(device)
+    model = load_model(options, tokenizer, dtype, seed)
+    prior = smoothing_prior(options, data, tokenizer, model)
+    settings = loss_settings(options, None if prior is None else prior.to(device))
+    model = with_adapter(model, options, seed).to(device)
     rows = data.train.select(range(min(len(data.train), MOST_ROWS, micro_batch(training_values))))
     padded = PadToLongest(tokenizer.pad_token_id)(list(rows))
     batch = {name: value.to(device) for name, value in padded.items() if isinstance(value, Tensor)}
-    head_input = capture_head_input(model, batch, options.smoothing)
+    head_input = capture_head_input(model, batch, **settings)
     checks = [
         check_mask(batch),
         check_formulations(head_input),
         *check_heads(head_input),
-        *check_installed(model, batch, options),
+        *check_installed(model, batch, options, settings),
         check_split(head_input, max(2, options.tp)),
-        *([check_model_split(model, options, config["tensor_parallel"])] if options.tp > 1 else []),
+        *([check_model_split(model, options, config["tensor_parallel"], settings)] if options.tp > 1 else []),
         *([check_packed_rows(model, tokenizer, data.train[0]["input_ids"], device)] if options.packing else []),
-        check_overfit(model, batch, options),
+        check_overfit(model, batch, options, settings),
         *memory_rows(model, options, training_values, stage, bf16_gradients),
         Check("time", f"{time.monotonic() - start:.0f} s"),
     ]

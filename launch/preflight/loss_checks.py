@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from smoothing.reference import hf_label_smoother, onehot_cross_entropy, torch_c
 
 LABEL_TOKENS = 256  # compared with the reference; an fp64 gradient of a large vocabulary takes long
 FORMULATIONS = (torch_cross_entropy, hf_label_smoother, onehot_cross_entropy)
-Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # of hidden states, weight, target and smoothing
+Loss = Callable[[Tensor, Tensor, "HeadInput"], Tensor]  # of hidden states and weight
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,18 @@ class HeadInput:
     weight_VH: Tensor
     target_T: Tensor
     smoothing: float
+    prior_V: Tensor | None = None
+    z_loss: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the losses."""
+        return {"label_smoothing": self.smoothing, "smoothing_prior": self.prior_V, "z_loss": self.z_loss}
 
 
-def capture_head_input(model, batch: dict[str, Tensor], smoothing: float) -> HeadInput:
+def capture_head_input(
+    model, batch: dict[str, Tensor], label_smoothing: float, smoothing_prior: Tensor | None, z_loss: float
+) -> HeadInput:
     """Run the model once and keep the input of its output head, for tokens that have a label."""
     captured = []
     lm_head = model.get_output_embeddings()
@@ -41,11 +51,12 @@ def capture_head_input(model, batch: dict[str, Tensor], smoothing: float) -> Hea
     valid = target != IGNORED
     chosen = valid.flatten().nonzero().squeeze(1)[:LABEL_TOKENS]
     hidden_TH = captured[0].flatten(0, -2)[chosen]
-    return HeadInput(hidden_TH, lm_head.weight.detach(), target.flatten()[chosen], smoothing)
+    weight_VH, target_T = lm_head.weight.detach(), target.flatten()[chosen]
+    return HeadInput(hidden_TH, weight_VH, target_T, label_smoothing, smoothing_prior, z_loss)
 
 
 def check_formulations(head_input: HeadInput) -> Check:
-    """Check that the three formulations of the loss give the same number."""
+    """Check that the three formulations of the loss give the same number, with a uniform prior."""
     logits = F.linear(head_input.hidden_TH.double(), head_input.weight_VH.double())
     values = [loss(logits, head_input.target_T, head_input.smoothing).item() for loss in FORMULATIONS]
     spread = (max(values) - min(values)) / abs(values[0])
@@ -53,13 +64,13 @@ def check_formulations(head_input: HeadInput) -> Check:
 
 
 def head_losses() -> dict[str, Loss]:
-    """The loss of each head as a function of hidden states, weight, target and smoothing."""
+    """The loss of each head as a function of hidden states and weight."""
 
-    def sharded(hidden, weight, target, epsilon):
-        return vocab_parallel_cross_entropy(F.linear(hidden, weight), target, label_smoothing=epsilon)
+    def sharded(hidden, weight, head_input):
+        return vocab_parallel_cross_entropy(F.linear(hidden, weight), head_input.target_T, **head_input.options)
 
-    def fused(hidden, weight, target, epsilon):
-        return vocab_parallel_linear_cross_entropy(hidden, weight, target, label_smoothing=epsilon)
+    def fused(hidden, weight, head_input):
+        return vocab_parallel_linear_cross_entropy(hidden, weight, head_input.target_T, **head_input.options)
 
     return {"fused": fused, "sharded": sharded}
 
@@ -82,14 +93,18 @@ def check_heads(head_input: HeadInput) -> list[Check]:
 def check_split(head_input: HeadInput, ranks: int) -> Check:
     """Compare the loss with the vocabulary split over `ranks` processes with fp64."""
     truth, *_ = with_gradients(_plain, head_input, torch.float64)
-    logits = F.linear(head_input.hidden_TH, head_input.weight_VH).float().cpu()
-    plain = relative_error(
-        F.cross_entropy(logits, head_input.target_T.cpu(), label_smoothing=head_input.smoothing), truth.cpu()
-    )
+    logits = F.linear(head_input.hidden_TH, head_input.weight_VH).float()
+    plain = relative_error(plain_loss(logits, head_input), truth)
+    options = head_input.options
+    if head_input.prior_V is not None:
+        options["smoothing_prior"] = head_input.prior_V.cpu()
     try:
-        losses, grad_error = simulate_split(logits, head_input.target_T.cpu(), head_input.smoothing, ranks)
+        losses, gradient = simulate_split(logits.cpu(), head_input.target_T.cpu(), options, ranks)
     except RuntimeError as error:
         return Check(f"split over {ranks} ranks", str(error), "", False)
+    exact = logits.double().requires_grad_()
+    (exact_gradient,) = torch.autograd.grad(plain_loss(exact, head_input), exact)
+    grad_error = relative_error(gradient.to(exact.device), exact_gradient)
     deviation = max(relative_error(torch.tensor(loss, dtype=torch.float64), truth.cpu()) for loss in losses)
     bound = 2 * plain + 4 * torch.finfo(torch.float32).eps
     identical = len(set(losses)) == 1
@@ -100,8 +115,16 @@ def check_split(head_input: HeadInput, ranks: int) -> Check:
     return Check(f"split over {ranks} ranks", figure, f"{bound:.1e}, 1e-5", passed)
 
 
-def _plain(hidden, weight, target, epsilon):
-    return F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=epsilon)
+def plain_loss(logits_TV: Tensor, head_input: HeadInput) -> Tensor:
+    """The loss that the heads are held to, from logits in their dtype."""
+    target_T, epsilon = head_input.target_T, head_input.smoothing
+    if head_input.prior_V is None and not head_input.z_loss:
+        return torch_cross_entropy(logits_TV, target_T, epsilon)
+    return onehot_cross_entropy(logits_TV, target_T, epsilon, prior_V=head_input.prior_V, z_loss=head_input.z_loss)
+
+
+def _plain(hidden, weight, head_input):
+    return plain_loss(F.linear(hidden, weight), head_input)
 
 
 def with_gradients(
@@ -110,7 +133,7 @@ def with_gradients(
     """Return the loss and its gradients of hidden states and weight, computed in `dtype`."""
     hidden = head_input.hidden_TH.detach().to(dtype or head_input.hidden_TH.dtype).requires_grad_()
     weight = head_input.weight_VH.detach().to(dtype or head_input.weight_VH.dtype).requires_grad_()
-    loss = loss_function(hidden, weight, head_input.target_T, head_input.smoothing)
+    loss = loss_function(hidden, weight, head_input)
     grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
     return loss.detach(), grad_hidden, grad_weight
 

@@ -1,5 +1,7 @@
 """Checks of the run's own model and batch: label mask, installed loss, packed rows, and whether it can learn."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from launch.preflight.table import Check
 from smoothing import UnsupportedModel, install_smoothed_loss
 from smoothing.install import HEADS
 from smoothing.model.forward_state import shifted
-from smoothing.reference import torch_cross_entropy
+from smoothing.reference import onehot_cross_entropy
 
 OVERFIT_STEPS = 20  # at each rate, until the nll is halved
 OVERFIT_RATES = (1e-4, 1e-3, 5e-3)  # a model with random weights uses the last alone
@@ -30,8 +32,11 @@ def check_mask(batch: dict[str, Tensor]) -> Check:
     return Check("label mask", f"{share:.0%} of {real.sum().item():,} tokens are learned", "every row some", right)
 
 
-def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> list[Check]:
-    """Compare the model's loss with each head installed with the reference on its own logits."""
+def check_installed(model, batch: dict[str, Tensor], options: SftOptions, settings: dict[str, Any]) -> list[Check]:
+    """Compare the model's loss with each head installed with the reference on its own logits.
+
+    `settings`: those of the loss (`loss_settings`).
+    """
     checks = []
     model.train()
     torch.manual_seed(0)  # here and below: the same dropout masks, if the model has dropout
@@ -39,12 +44,17 @@ def check_installed(model, batch: dict[str, Tensor], options: SftOptions) -> lis
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     target = shifted(batch["labels"], IGNORED).flatten()
     labelled = target != IGNORED  # fp64 logits of all positions may take more memory than the run ever does
-    truth = torch_cross_entropy(logits.flatten(0, 1)[labelled].double(), target[labelled], options.smoothing).item()
+    prior, z_loss = settings["smoothing_prior"], settings["z_loss"]
+    exact = logits.flatten(0, 1)[labelled].double()
+    truth = onehot_cross_entropy(exact, target[labelled], options.smoothing, prior_V=prior, z_loss=z_loss).item()
     tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
     for head in HEADS:
+        if head == "dense" and (prior is not None or z_loss):
+            checks.append(Check("model with the dense head", "has no smoothing prior and no z-loss"))
+            continue
         torch.manual_seed(0)
         try:
-            with install_smoothed_loss(model, label_smoothing=options.smoothing, head=head), torch.no_grad():
+            with install_smoothed_loss(model, **settings, head=head), torch.no_grad():
                 loss = model(**batch).loss.item()
         except UnsupportedModel as error:
             checks.append(
@@ -65,7 +75,7 @@ def check_packed_rows(model, tokenizer, ids: list[int], device: torch.device) ->
     return Check("packed rows", problem or "a change of one leaves the others as they are", "identical", not problem)
 
 
-def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check:
+def check_overfit(model, batch: dict[str, Tensor], options: SftOptions, settings: dict[str, Any]) -> Check:
     """Train some steps on one batch: the nll must fall by half, with adapters by a tenth (few weights learn slower).
 
     A large model trains its last layers only.
@@ -88,7 +98,7 @@ def check_overfit(model, batch: dict[str, Tensor], options: SftOptions) -> Check
         nll.append((stats.nll.sum() / stats.valid.sum()).item())
 
     model.train()
-    with install_smoothed_loss(model, label_smoothing=options.smoothing, head=options.head, on_stats=record_nll):
+    with install_smoothed_loss(model, **settings, head=options.head, on_stats=record_nll):
         for rate in rates:
             optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
             for _ in range(OVERFIT_STEPS):

@@ -30,13 +30,16 @@ ROWS, TOKENS, PROMPT = 2, 24, 6
 BOUND = 1e-4
 
 
-def check_model_split(model: PreTrainedModel, options: SftOptions, section: dict[str, Any]) -> Check:
+def check_model_split(
+    model: PreTrainedModel, options: SftOptions, section: dict[str, Any], settings: dict[str, Any]
+) -> Check:
     """Compare loss, gradients and consolidated weights of the model on `--tp` ranks with those of one process.
 
     Of a model of more than `MOST_PARAMETERS` a small copy is split. What cannot be tried is a row without a verdict.
 
     Args:
         section: `tensor_parallel` of the DeepSpeed configuration.
+        settings: Those of the loss (`loss_settings`).
     """
     name = f"model split over {options.tp} ranks"
     if not type(model).__module__.startswith("transformers."):
@@ -54,8 +57,10 @@ def check_model_split(model: PreTrainedModel, options: SftOptions, section: dict
     with tempfile.TemporaryDirectory() as folder:
         weights = {key: _fp32(value) for key, value in whole.state_dict().items()}
         whole.save_pretrained(folder, state_dict={key: value.clone() for key, value in weights.items()})
-        settings = {"section": section, "head": options.head, "smoothing": options.smoothing}
-        (Path(folder) / "settings.json").write_text(json.dumps(settings))
+        settings = settings | {"head": options.head}
+        if settings["smoothing_prior"] is not None:
+            settings["smoothing_prior"] = settings["smoothing_prior"].cpu()
+        torch.save((section, settings), Path(folder) / "settings.pt")
         try:
             run_ranks("launch.preflight.model_split", options.tp, folder)
         except RuntimeError as error:
@@ -89,7 +94,7 @@ def _batch(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _loss(model: PreTrainedModel, settings: dict[str, Any]) -> Tensor:
-    with install_smoothed_loss(model, label_smoothing=settings["smoothing"], head=settings["head"]):
+    with install_smoothed_loss(model, **settings):
         return model(**_batch(model)).loss
 
 
@@ -112,8 +117,8 @@ def _one_rank(rank: int, ranks: int, folder: str) -> None:
     join(rank, ranks, folder)
     skip_shared_memory_op()
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
-    settings = json.loads((Path(folder) / "settings.json").read_text())
-    section = settings["section"] | {"autotp_size": ranks}
+    section, settings = torch.load(Path(folder) / "settings.pt", weights_only=True)
+    section |= {"autotp_size": ranks}
     model = _loaded(folder)
     model.config.use_cache = False
     split_model(model, section)

@@ -21,6 +21,7 @@ from launch.common.paths import (
     REPORT,
     RUNS,
     SAMPLES,
+    SMOOTHING_PRIOR,
     STARTED,
     TENSORBOARD,
     WEIGHTS,
@@ -29,7 +30,19 @@ from launch.process.ranks import rank
 from launch.run.checkpoints import checkpoints
 from launch.run.compare import check_recipe
 
-WRITTEN_FILES = (LOCK, RECIPE, STARTED, METRICS, DEEPSPEED, SAMPLES, DROPPED, ABOUT, REPORT, TENSORBOARD)
+WRITTEN_FILES = (
+    LOCK,
+    RECIPE,
+    STARTED,
+    METRICS,
+    DEEPSPEED,
+    SAMPLES,
+    DROPPED,
+    SMOOTHING_PRIOR,
+    ABOUT,
+    REPORT,
+    TENSORBOARD,
+)
 NUMBER = re.compile("[0-9]{1,9}")  # of a run; a longer one is no count, and its successor may be too long for a name
 PREVIEW_FILES = (PREVIEW_HTML, PREVIEW_JSONL)  # may be there before a run is
 _locks: dict[Path, IO] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from launch.common.paths import MODEL, MODEL_PARTIAL
+from launch.common.paths import MODEL, MODEL_PARTIAL, SMOOTHING_PRIOR
 from launch.model.adapters import PEFT_PREFIX, is_adapted
 from launch.process.ranks import from_main
 from launch.run.checkpoints import flush
@@ -23,6 +23,8 @@ def export(
     merge: bool = False,
 ) -> Path:
     """Write `output_dir/model` from all ranks' shards, whole or not at all. All ranks must call this.
+
+    A whole model's configuration tells its label smoothing, and names the file of its prior where the run has one.
 
     Of a model with adapters these are written alone, for peft; with `merge` a whole model that they are merged into.
 
@@ -43,6 +45,11 @@ def export(
         model = causal_lm(trainer.model)
         model.config.use_cache = True
         model.config.label_smoothing = label_smoothing  # so that it can be taken out again
+        prior = Path(output_dir) / SMOOTHING_PRIOR
+        if prior.exists():
+            model.config.smoothing_prior = SMOOTHING_PRIOR
+        elif hasattr(model.config, "smoothing_prior"):  # of an export that was trained further
+            del model.config.smoothing_prior
         # ZeRO 3 gathers tied weights one by one, as copies; from_pretrained ties them again
         tied = {f"{PEFT_PREFIX if adapted else ''}{name}" for name in tied_names(model)}
         once = {name: weight for name, weight in weights.items() if name not in tied}
@@ -56,6 +63,8 @@ def export(
                 once = {name: weight for name, weight in merged.items() if name not in tied_names(model)}
             assert_complete(once, type(model), model.config)
             model.save_pretrained(partial, state_dict=once)
+            if prior.exists():
+                shutil.copy(prior, partial)
         tokenizer.save_pretrained(partial)
         flush(partial)
         partial.rename(final)

@@ -16,6 +16,7 @@ from launch.common.paths import DEEPSPEED, METRICS
 METRICS_OF_LOGS = {
     "loss": "loss",
     "nll": "nll",
+    "z_loss": "z_loss",
     "accuracy": "accuracy",
     "grad_norm": "grad_norm",
     "learning_rate": "lr",

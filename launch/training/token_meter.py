@@ -1,16 +1,28 @@
 """Counts of tokens and sums of their losses, exact over all ranks."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
 from smoothing import TokenStats
 
 
+class Means(NamedTuple):
+    """Means over label tokens, and how many of these and of all tokens there were."""
+
+    nll: float
+    accuracy: float
+    lse_square: float  # of the log of the sum of exp(logits)
+    labels: int
+    tokens: int
+
+
 class TokenMeter:
     """Sums over tokens since the last reading, kept on the device, so that a step needs no synchronisation."""
 
     def __init__(self):
-        self.sums: torch.Tensor | None = None  # over label tokens: nll, correct, count
+        self.sums: torch.Tensor | None = None  # over label tokens: nll, correct, lse², count
         self._before: torch.Tensor | None = None
         self._tokens = 0  # including prompts
 
@@ -32,30 +44,27 @@ class TokenMeter:
 
     def add(self, stats: TokenStats) -> None:
         """Add the statistics of one forward."""
-        now = torch.stack(
-            [stats.nll.sum(dtype=torch.float64), stats.correct.sum().double(), stats.valid.sum().double()]
-        )
+        parts = (stats.nll, stats.correct, stats.lse.square(), stats.valid)
+        now = torch.stack([part.sum(dtype=torch.float64) for part in parts])
         self.sums = now if self.sums is None else self.sums + now
 
-    def read(self, copies: int, device) -> tuple[float, float, int, int]:
-        """Return the sums over all ranks and reset them.
+    def read(self, copies: int, device) -> Means:
+        """Return the means over all ranks and reset the sums.
 
         Args:
             copies: How many ranks see the same tokens (the tensor-parallel size).
             device: Where to reduce.
 
-        Returns:
-            Mean nll, accuracy and count of the label tokens, and the count of all tokens.
-
         Collectives:
-            One all-reduce of four fp64 numbers.
+            One all-reduce of five fp64 numbers.
         """
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
         if self.sums is not None:
-            sums[:3] = self.sums
-        sums[3] = self._tokens
+            sums[:4] = self.sums
+        sums[4] = self._tokens
         self.reset()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        nll, correct, labels, tokens = (sums / copies).tolist()
-        return nll / max(labels, 1), correct / max(labels, 1), round(labels), round(tokens)
+        *parts, labels, tokens = (sums / copies).tolist()
+        nll, accuracy, lse_square = (part / max(labels, 1) for part in parts)
+        return Means(nll, accuracy, lse_square, round(labels), round(tokens))

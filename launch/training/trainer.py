@@ -36,6 +36,7 @@ class SftTrainer(TrainerWithHooks):
         watchdog: Told what this rank does next.
         milestones: What is due after a step; must be the last callback when training starts.
         facts: Written into the manifest of every checkpoint.
+        z_loss: Weight of the z-loss, which is then logged by itself.
         keep: How many checkpoints stay (--save_total_limit). `args.save_total_limit` must be None: Trainer would also
             remove all but the best one at the end, before the model is exported.
     """
@@ -48,11 +49,12 @@ class SftTrainer(TrainerWithHooks):
         milestones: Milestones,
         facts: dict,
         keep: int | None,
+        z_loss: float = 0.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.nonfinite, self.watchdog, self.milestones = nonfinite, watchdog, milestones
-        self.facts, self.keep = facts, keep
+        self.facts, self.keep, self.z_loss = facts, keep, z_loss
         self.not_finite = set().union(*on_all_ranks(lambda: not_finite(self.model.named_parameters())))
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
@@ -152,16 +154,17 @@ class SftTrainer(TrainerWithHooks):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            nll, accuracy, labels, tokens = self.train_meter.read(self.get_tp_size(), self.args.device)
+            means = self.train_meter.read(self.get_tp_size(), self.args.device)
             now = time.monotonic()
             seconds = now - self._last_log - self._eval_seconds
             self._last_log, self._eval_seconds = now, 0.0
             logs |= {
-                "nll": nll,
-                "accuracy": accuracy,
-                "label_tokens": labels,
-                "tokens": tokens,
-                "tokens_per_second": tokens / max(seconds, 1e-9),
+                "nll": means.nll,
+                **({"z_loss": self.z_loss * means.lse_square} if self.z_loss else {}),
+                "accuracy": means.accuracy,
+                "label_tokens": means.labels,
+                "tokens": means.tokens,
+                "tokens_per_second": means.tokens / max(seconds, 1e-9),
                 "peak_memory_gib": peak_memory_gib(),
             }
         super().log(logs, start_time)
@@ -183,11 +186,11 @@ class SftTrainer(TrainerWithHooks):
         here = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(here):  # so that training is the same with and without evaluations
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nll, accuracy, labels, _ = self.eval_meter.read(self.get_tp_size(), self.args.device)
+        means = self.eval_meter.read(self.get_tp_size(), self.args.device)
         # Trainer's own eval_loss is a mean of batch means, which depends on how rows are grouped into batches
         output.metrics.pop(f"{metric_key_prefix}_loss", None)
-        output.metrics[f"{metric_key_prefix}_nll"] = nll
-        output.metrics[f"{metric_key_prefix}_accuracy"] = accuracy
-        output.metrics[f"{metric_key_prefix}_label_tokens"] = labels
+        output.metrics[f"{metric_key_prefix}_nll"] = means.nll
+        output.metrics[f"{metric_key_prefix}_accuracy"] = means.accuracy
+        output.metrics[f"{metric_key_prefix}_label_tokens"] = means.labels
         self._eval_seconds += time.monotonic() - start
         return output

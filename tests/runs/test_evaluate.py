@@ -7,11 +7,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smoothing import unsmooth
 from tests.support.data import prepared
 from tests.support.processes import ROOT, environment, launcher
-from tests.support.small_run import write_data, write_model
+from tests.support.small_run import VOCAB, write_data, write_model
 
 KEYS = {
     "nll",
@@ -41,6 +43,10 @@ def evaluated(folder, start: list[str], name: str, *flags: str) -> dict:
     return json.loads((folder / name / "evaluation.json").read_text())
 
 
+def prior() -> torch.Tensor:
+    return torch.arange(VOCAB).float().softmax(0) / 2 + 0.5 / VOCAB
+
+
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
@@ -49,8 +55,9 @@ def evaluations(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         model.lm_head.weight *= 6  # sure of something
-    model.config.label_smoothing = 0.1
+    model.config.label_smoothing, model.config.smoothing_prior = 0.1, "smoothing_prior.safetensors"
     model.save_pretrained(path)
+    save_file({"u": prior()}, path / "smoothing_prior.safetensors")
     alone = evaluated(folder, [sys.executable], "one", "--base", "model-tied")
     return folder, alone, evaluated(folder, launcher(2), "two", "--tp", "2")
 
@@ -69,18 +76,21 @@ def test_two_ranks_agree_with_one(evaluations):
             assert other[key] == pytest.approx(one[key], abs=1e-4 if key == "temperature" else 1e-6), key
 
 
-def test_nll_and_accuracy_are_those_of_the_models_logits(evaluations):
+def test_figures_are_those_of_the_models_logits(evaluations):
     folder, alone, _ = evaluations
     model = AutoModelForCausalLM.from_pretrained(folder / "model-tied").double()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model-tied")
     rows = prepared(str(folder / "heldout.jsonl"), tokenizer, max_length=96, fraction=0.0).train
-    nll, right = [], []
+    nll, right, without = [], [], []
     for row in rows:
         labels = torch.tensor(row["labels"])[1:]
         with torch.no_grad():
             logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        log_probs = unsmooth(logits.log_softmax(-1), 0.1, prior=prior())
+        without += F.nll_loss(log_probs, labels, reduction="none")[labels != -100].tolist()
         nll += F.cross_entropy(logits, labels, reduction="none")[labels != -100].tolist()
         right += (logits.argmax(-1) == labels)[labels != -100].tolist()
     assert (alone["rows"], alone["label_tokens"]) == (7, len(nll))
     assert alone["nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
+    assert alone["unsmoothed"]["nll"] == pytest.approx(sum(without) / len(without), rel=1e-6)
     assert alone["accuracy"] == pytest.approx(sum(right) / len(right), rel=1e-6)

@@ -1,7 +1,8 @@
 """One process, two tensor-parallel and two data-parallel ranks: the same losses and the same exported model.
 
 Real DeepSpeed engines, from one saved checkpoint each: ZeRO 0 to 3, tied and untied embeddings, any accumulation, a
-vocabulary that does not divide. Two tensor-parallel ranks are started by deepspeed's launcher, the others are forked.
+vocabulary that does not divide; a counted prior and a z-loss, which the dense head does not have. Two tensor-parallel
+ranks are started by deepspeed's launcher, the others are forked.
 """
 
 import json
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smoothing.hf import UnsmoothLogits
+from tests.support.data import prepared
 from tests.support.small_run import (
     VOCAB,
     flags,
@@ -40,9 +43,12 @@ COMMON = {
     "save_strategy": "no",
 }
 
+EXTRAS = {"smoothing_prior": "unigram", "z_loss": 1e-2}
 # ranks, tensor parallelism, accumulation, ZeRO stage, extra
-ALONE = (1, 1, 1, 0, "")
+ALONE = (1, 1, 1, 0, "")  # what the others are held to, those without EXTRAS to PLAIN
+PLAIN = (1, 1, 1, 0, "--smoothing_prior uniform")
 SETUPS = [
+    PLAIN,
     ALONE,
     (1, 1, 4, 1, ""),
     (1, 1, 1, 0, "--head dense"),
@@ -68,6 +74,14 @@ BF16 = [
 ]
 
 
+def has_extras(setup) -> bool:
+    return "dense" not in setup[-1] and "uniform" not in setup[-1]
+
+
+def alone(setup) -> tuple:
+    return ALONE if has_extras(setup) else PLAIN
+
+
 def name(setup, tied: bool) -> str:
     ranks, tp, accumulation, zero, extra = setup
     more = "".join(f"-{word.strip('-')}" for word in extra.split() if not word.startswith("--head"))
@@ -91,18 +105,18 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("setup", SETUPS[1:], ids=lambda s: name(s, False))
+@pytest.mark.parametrize("setup", SETUPS[2:], ids=lambda s: name(s, False))
 def test_same_losses_and_same_model(runs, setup, tied):
-    alone, other = runs / name(ALONE, tied), runs / name(setup, tied)
-    expected, got = metrics(alone), metrics(other)
+    reference, other = runs / name(alone(setup), tied), runs / name(setup, tied)
+    expected, got = metrics(reference), metrics(other)
     assert [row["step"] for row in got] == [row["step"] for row in expected]
     for want, have in zip(expected, got, strict=True):
         assert have.keys() == want.keys()
-        for key in want.keys() & {"loss", "nll", "eval_nll", "accuracy", "grad_norm"}:
+        for key in want.keys() & {"loss", "nll", "z_loss", "eval_nll", "accuracy", "grad_norm"}:
             assert have[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
         for key in want.keys() & {"label_tokens", "tokens", "eval_label_tokens"}:
             assert have[key] == want[key]
-    expected, got = (load_file(run / "model" / "model.safetensors") for run in (alone, other))
+    expected, got = (load_file(run / "model" / "model.safetensors") for run in (reference, other))
     assert got.keys() == expected.keys()
     for key, weight in expected.items():
         torch.testing.assert_close(got[key], weight, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
@@ -112,9 +126,10 @@ def test_same_losses_and_same_model(runs, setup, tied):
 @pytest.mark.parametrize("setup", BF16, ids=lambda s: name(s, False))
 def test_bf16_stays_where_fp32_is(runs, setup, tied):
     """With gathered logits and `F.cross_entropy` among them, which are as far from it."""
-    for want, have in zip(metrics(runs / name(ALONE, tied)), metrics(runs / name(setup, tied)), strict=True):
+    reference = metrics(runs / name(alone(setup), tied))
+    for want, have in zip(reference, metrics(runs / name(setup, tied)), strict=True):
         assert have.keys() == want.keys()
-        for key, bound in {"loss": 1e-3, "nll": 1e-3, "eval_nll": 1e-3, "grad_norm": 5e-3}.items():
+        for key, bound in {"loss": 1e-3, "nll": 1e-3, "z_loss": 1e-3, "eval_nll": 1e-3, "grad_norm": 5e-3}.items():
             if key in want:
                 assert have[key] == pytest.approx(want[key], rel=bound), (key, want["step"])
         for key in want.keys() & {"label_tokens", "tokens", "eval_label_tokens"}:
@@ -145,9 +160,30 @@ def test_export_loads_and_is_what_was_trained(runs, tied):
     assert report.count("<figure>") >= 5 and report.count("<ruby") >= len(texts)
 
 
+def test_the_prior_is_exported_with_its_model(runs, tied=False):
+    run = runs / name((2, 2, 2, 3, ""), tied)
+    prior = load_file(run / "smoothing_prior.safetensors")["smoothing_prior"]
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert torch.equal(UnsmoothLogits.of(model).prior, prior) and model.config.label_smoothing == 0.1
+    counts = torch.zeros(VOCAB, dtype=torch.float64)
+    rows = prepared(
+        str(runs / "train.jsonl"), AutoTokenizer.from_pretrained(run / "model"), max_length=96, fraction=0.0
+    )
+    for labels in rows.train["labels"]:
+        for label in labels[1:]:
+            counts[label] += label != -100
+    tokens = len(AutoTokenizer.from_pretrained(run / "model"))
+    counts[:tokens] += 1
+    torch.testing.assert_close(prior.double(), counts / counts.sum(), rtol=1e-6, atol=0)
+    plain = runs / name(PLAIN, tied)
+    assert not (plain / "model/smoothing_prior.safetensors").exists()
+    assert UnsmoothLogits.of(AutoModelForCausalLM.from_pretrained(plain / "model")).prior is None
+
+
 def test_loss_is_smoothed_and_nll_is_not(runs):
-    rows = [row for row in metrics(runs / name(ALONE, False)) if "loss" in row]
-    assert all(row["loss"] != pytest.approx(row["nll"], rel=1e-4) for row in rows)
+    plain, rows = ([row for row in metrics(runs / name(s, False)) if "loss" in row] for s in (PLAIN, ALONE))
+    assert all(row["loss"] != pytest.approx(row["nll"], rel=1e-4) for row in plain)
+    assert plain[0]["nll"] == rows[0]["nll"] and rows[0].keys() - plain[0].keys() == {"z_loss"}
     assert {"step", "loss", "nll", "accuracy", "grad_norm", "lr", "label_tokens", "tokens"} <= rows[0].keys()
     assert {"tokens_per_second", "peak_memory_gib"} <= rows[0].keys()
 
@@ -165,4 +201,4 @@ def _arguments(folder: Path, setup, tied: bool) -> list[str]:
         "no_report": setup != (2, 2, 2, 3, ""),
         "per_device_train_batch_size": GLOBAL_BATCH // accumulation // (ranks // tp),
     }
-    return [*extra.split(), *flags(values)]
+    return [*flags(values | (EXTRAS if has_extras(setup) else {})), *extra.split()]

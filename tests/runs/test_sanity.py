@@ -56,10 +56,11 @@ def test_a_sound_run_passes(folder):
     """As a user starts it."""
     given = {"data": folder / "train.jsonl", "max_length": 96, "per_device_train_batch_size": 4}
     given |= {"model": folder / "model-tied", "smoothing": 0.1, "tp": 3, "packing": True}
+    given |= {"smoothing_prior": "unigram", "z_loss": 0.01}
     command = [sys.executable, str(ROOT / "launch/sft.py"), "--sanity", *flags(given)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("│ pass │") == 15 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
+    assert done.stdout.count("│ pass │") == 14 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
     assert "model split over 3 ranks" in done.stdout and "the model itself: loss" in " ".join(done.stdout.split())
     assert not (folder / "runs").exists()
 
@@ -103,20 +104,25 @@ def given() -> HeadInput:
 def test_heads_that_forget_the_smoothing_fail(given, monkeypatch):
     assert all(check.passed for check in loss_checks.check_heads(given))
 
-    def forgetful(loss):
-        return lambda *args, label_smoothing, **kwargs: loss(*args, **kwargs)
-
-    for loss in (vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy):
-        monkeypatch.setattr(loss_checks, loss.__name__, forgetful(loss))
-    assert not any(check.passed for check in loss_checks.check_heads(given))
+    given = replace(given, prior_V=torch.rand(50).softmax(0), z_loss=0.1)
+    assert all(check.passed for check in loss_checks.check_heads(given))
+    for forgotten in ({"label_smoothing": 0.0}, {"smoothing_prior": None}, {"z_loss": 0.0}):
+        for loss in (vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy):
+            monkeypatch.setattr(
+                loss_checks, loss.__name__, lambda *a, f=forgotten, plain=loss, **o: plain(*a, **(o | f))
+            )
+        assert not any(check.passed for check in loss_checks.check_heads(given))
 
 
 def test_a_split_that_says_something_else_fails(given, monkeypatch):
     assert loss_checks.check_split(given, 2).passed
+    given = replace(given, prior_V=torch.rand(50).softmax(0), z_loss=0.1)
+    assert loss_checks.check_split(given, 2).passed
     plain = loss_checks.simulate_split
-    monkeypatch.setattr(loss_checks, "simulate_split", lambda z, y, epsilon, ranks: plain(z, y, 0.0, ranks))
-    assert not loss_checks.check_split(given, 2).passed
-    ignored = replace(given, target_T=torch.full_like(given.target_T, 10**6))
+    for forgotten in ({"label_smoothing": 0.0}, {"smoothing_prior": None}, {"z_loss": 0.0}):
+        monkeypatch.setattr(loss_checks, "simulate_split", lambda z, y, o, n, f=forgotten: plain(z, y, o | f, n))
+        assert not loss_checks.check_split(given, 2).passed
+    ignored = replace(given, target_T=torch.full_like(given.target_T, 10**6), prior_V=None, z_loss=0.0)
     monkeypatch.setattr(loss_checks, "simulate_split", plain)
     with pytest.raises(IndexError):
         loss_checks.check_split(ignored, 2)

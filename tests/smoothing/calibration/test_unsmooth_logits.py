@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from smoothing.hf import UnsmoothLogits
 
@@ -16,6 +17,17 @@ def test_a_smoothed_distribution_comes_back_and_forbidden_tokens_do_not():
     torch.testing.assert_close(processor(None, scores).exp(), probs, atol=1e-6, rtol=1e-5)
     scores[0, 1] = -torch.inf
     assert processor(None, scores)[0].isneginf().tolist() == [False, True, False, False]
+
+
+def test_a_prior_beside_the_model_is_taken_out(tmp_path):
+    probs, prior = torch.tensor([[0.6, 0.3, 0.09, 0.01]]), torch.tensor([0.5, 0.5, 0.0, 0.0])
+    config = SimpleNamespace(label_smoothing=0.1, smoothing_prior="u.safetensors", name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"u\.safetensors is not in"):
+        UnsmoothLogits.of(SimpleNamespace(config=config))
+    save_file({"u": prior}, tmp_path / "u.safetensors")
+    scores = (0.9 * probs + 0.1 * prior).log() + 3.0
+    got = UnsmoothLogits.of(SimpleNamespace(config=config))(None, scores).exp()
+    torch.testing.assert_close(got, probs, atol=1e-6, rtol=1e-5)
 
 
 def test_what_cannot_be_taken_out_is_refused():
