@@ -5,6 +5,7 @@ A class of flags is a group of `--help`; `SftOptions` is all of them. A recipe's
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, fields
 
 from launch.common.errors import UserError
@@ -301,18 +302,22 @@ def _loss_problem(options: SftOptions) -> str | None:
 
 def _data_problem(options: SftOptions) -> str | None:
     weights, sources = options.data_weights, options.data or []
+    if weights and not sources:
+        return "--data_weights goes with --data, which is not given"
     if weights and len(weights) != len(sources):
         return f"--data_weights: expected {len(sources)}, one for each --data, got {len(weights)}"
     if weights and not all(0 < weight < math.inf for weight in weights):
-        return f"--data_weights must be above 0, got {' '.join(map(str, weights))}"
+        return f"--data_weights must be above 0, got {' '.join(map(str, weights))}; leave a source of weight 0 out"
     if weights and options.packing:
         return "--data_weights cannot be used with --packing: packed sequences hold each row once"
     if options.streaming and (problem := _streaming_problem(options)):
         return problem
     if options.shuffle_buffer < 0:
         return f"--shuffle_buffer must be at least 0 rows, got {options.shuffle_buffer}"
-    if len(set(sources)) < len(sources):
-        return f"--data names {max(sources, key=sources.count)} twice; use --data_weights to take a source more often"
+    places = [source if "\0" in source else os.path.realpath(source) for source in sources]
+    if len(set(places)) < len(places):
+        twice = sources[places.index(max(places, key=places.count))]
+        return f"--data names {twice} twice; use --data_weights to take a source more often"
     if options.max_rows is not None and options.max_rows < 1:
         return f"--max_rows must be at least 1, got {options.max_rows}"
     if not 0.0 <= options.max_dropped <= 1.0:

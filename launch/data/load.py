@@ -28,7 +28,7 @@ from launch.data.records import DataError, DropReport
 from launch.data.stream import Stream
 from launch.data.streamed_rows import Streaming
 from launch.data.tokenizer import describe_tokenizer, load_tokenizer, train_once
-from launch.data.weights import describe_epoch
+from launch.data.weights import describe_epoch, rows_of_sources
 from launch.process.once import once_a_machine
 from launch.process.ranks import say
 
@@ -133,9 +133,16 @@ def check(data: EncodedData, options: SftOptions) -> None:
             f"{options.max_dropped:g}; fix the rows named here, or raise it.\n{report.summary()}"
         )
     if options.data_weights:
-        for (name, _), rows_of_one in zip(data.summary.sources, data.sources, strict=True):
+        names = [name for name, _ in data.summary.sources]
+        counts = rows_of_sources(options.data_weights, sum(map(len, data.sources)))
+        for name, rows_of_one, count in zip(names, data.sources, counts, strict=True):
             if not rows_of_one:
                 raise DataError(f"{name} has no rows to train on, so it can have no weight (--data_weights).")
+            if not count:
+                raise DataError(
+                    f"{name} has so small a weight that no row of it is in an epoch of "
+                    f"{sum(map(len, data.sources)):,} rows; raise it (--data_weights), or leave {name} out."
+                )
 
 
 def describe(data: EncodedData, options: SftOptions, found: bool) -> None:
@@ -156,8 +163,15 @@ def describe(data: EncodedData, options: SftOptions, found: bool) -> None:
         notes += describe_epoch(names, data.sources, options.data_weights)
     elif len(names) > 1:
         notes += [f"{len(rows):,} rows of {name}" for name, rows in zip(names, data.sources, strict=True)]
+    evaluated = options.eval_data
+    if evaluated and not os.path.isdir(evaluated) and _place(evaluated) in map(_place, options.data or []):
+        notes.append(f"--eval_data {evaluated} is trained on too: eval_nll does not tell how other rows would do")
     for note in [*notes, *report.summary().splitlines()]:
         say(f"  {note}")
+
+
+def _place(source: str) -> str:
+    return os.path.realpath(source) if os.path.exists(source) else source
 
 
 def describe_formats(formats: Mapping[str, int]) -> str:

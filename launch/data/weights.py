@@ -12,7 +12,9 @@ def rows_of_sources(weights: Sequence[float], count: int) -> list[int]:
 
     A source's number is off its share by less than one row (the largest remainders are rounded up).
     """
-    shares = [count * weight / sum(weights) for weight in weights]
+    largest = max(weights)  # so that no sum is infinite
+    parts = [weight / largest for weight in weights]
+    shares = [count * part / sum(parts) for part in parts]
     rows = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda source: rows[source] - shares[source])
     for source in by_remainder[: count - sum(rows)]:

@@ -1,5 +1,6 @@
 """Reading of records from a source: a file with the reader for its type, a directory of files, or a hub name."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,11 +71,12 @@ def _as_path(source: str) -> Path | None:
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{source[:80]!r} is not a usable path ({error}).") from None
     name = HubName.of(source).name
-    looks_like_path = source.startswith((".", "/", "~")) or name.count("/") > 1 or _reader(path) is not None
-    if looks_like_path or not name.strip():
-        raise DataError(
-            f"{source!r} was expected to be a data file or directory, but does not exist; check the path."
-        )
+    looks_like_path = source.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if looks_like_path or _reader(path) is not None or not name.strip():
+        parts = source.split(",")
+        several = len(parts) > 1 and all(os.path.exists(part) for part in parts)
+        what = f"separate several by spaces: {' '.join(parts)}" if several else "check the path"
+        raise DataError(f"{source!r} was expected to be a data file or directory, but does not exist; {what}.")
     problem = hub_name_problem(source)
     if problem:
         raise DataError(problem)

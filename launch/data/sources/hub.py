@@ -13,7 +13,7 @@ import datasets.packaged_modules
 import pyarrow
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.cache.cache import Cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from launch.common.messages import error_line, typed_error_line
 from launch.data.records import DataError, Note, Record, Records
@@ -119,6 +119,8 @@ def _line(error: BaseException) -> str:
 def _advice(name: HubName, error: BaseException) -> str:
     """Say what to do about an error of the libraries."""
     text = error_line(error, 1000)
+    if isinstance(error, HFValidationError):
+        return "check the path, or the name (owner/name)"
     if isinstance(error, DatasetNotFoundError):
         gated, revision = "gated" in text, " and the revision" if name.revision else ""
         return f"log in as one who has access ({LOG_IN})" if gated else f"check the name{revision}; {PRIVATE}"

@@ -437,3 +437,14 @@ def test_damage_inside_parquet_loses_the_rest_of_its_row_group(tmp_path):
     assert records[-1].where == f"{path}:30"
     (rejected,) = report.rejections
     assert rejected.where == f"{path}:11" and rejected.reason == "damaged Parquet, the rest of this row group is lost"
+
+
+def test_several_sources_in_one_word_are_told_apart(tmp_path):
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_bytes(GOOD)
+    with pytest.raises(DataError, match=f"separate several by spaces: {paths[0]} {paths[1]}"):
+        iter_records(",".join(map(str, paths)))
+    for missing in ("nowhere/", "a.jsonl,b.jsonl"):
+        with pytest.raises(DataError, match="does not exist; check the path"):
+            iter_records(missing)

@@ -160,6 +160,7 @@ def test_a_token_opens_a_private_data_set(hub, monkeypatch):
     [
         ("owner/nothing", r"doesn't exist.*; check the name; for a private one log in \(hf auth login, or HF_TOKEN"),
         ("owner/private", r"cannot be accessed.*; check the name; for a private one log in \(hf auth login"),
+        ("what ever", "'what ever'.*; check the path, or the name"),
         ("owner/gated", r"is a gated dataset.*; log in as one who has access \(hf auth login, or HF_TOKEN"),
         ("owner/lines@nowhere", "Revision 'nowhere' doesn't exist.*; check the name and the revision"),
         ("owner/script", r"found script\.py\); no code .* owner/script@refs/convert/parquet, or convert it"),

@@ -236,6 +236,10 @@ def test_several_sources_are_concatenated_and_counted(source, tmp_path, tokenize
     for rows, name in ((first, source), (second, str(other))):
         assert {data.train[row]["where"].rpartition(":")[0] for row in rows} == {name}
     assert f"  {round(len(data.train) * 0.75)} of {other}, which has {len(second)}" in capsys.readouterr().out
+    with pytest.raises(DataError, match=f"{other} has so small a weight that no row of it is in an epoch of "):
+        load_data(SftOptions(data=[source, str(other)], data_weights=[1.0, 1e-9], **flags))
+    plain = load_data(SftOptions(data=[source, str(other)], eval_data=str(other), **flags))[1]
+    assert f"--eval_data {other} is trained on too" in capsys.readouterr().out
     plain = load_data(SftOptions(data=[source, str(other)], **flags))[1]
     assert plain.train[:] == data.train[:] and plain.digest != data.digest
     assert f"{len(second)} rows of {other}" in capsys.readouterr().out

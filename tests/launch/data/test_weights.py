@@ -47,6 +47,11 @@ def test_epochs_differ_and_repeat_by_seed():
     assert first[0] != first[1] and set(first[0]) != set(first[1])
 
 
+def test_only_the_ratio_of_weights_matters():
+    for weights in ([1e308, 1e308], [5e-324, 5e-324], [1, 1]):
+        assert rows_of_sources(weights, 10) == [5, 5]
+
+
 def test_rows_are_arranged_as_told():
     (epoch,) = epochs(ranges([4, 4]), [3, 1], 1, arrange=lambda rows: in_order(len(rows)))
     assert [row < 4 for row in epoch] == [True] * 6 + [False] * 2
