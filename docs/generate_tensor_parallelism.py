@@ -38,6 +38,19 @@ can be built, or the model has code of its own, the table says that it was not t
 
 A DeepSpeed file with a `partition_config` or `preset_model` of its own is left as it is; `--sanity` checks that one.
 
+## Adapters
+
+A LoRA adapter adds B(A(x)) to a layer and is split as the layer is: beside one that is split by its output
+(`q_proj`, `up_proj`), B is split by its output and A is whole; beside one that is split by its input (`o_proj`,
+`down_proj`), A is split by its input and B is whole; a whole layer's are whole. B follows fused halves and gathered
+outputs. Each adapted layer that is split costs one more sum over the ranks, of `--lora_rank` numbers a token: of
+A's output forward, or of its gradient backward. All factors are drawn whole from `--seed` before they are cut, so
+that every layout begins alike, and the gradient norm counts each weight once. The exported adapter is one
+process's, 1e-5 in fp32, for every kind below in the same test. `--sanity --tp N --lora_rank R` does its step with
+adapters.
+
+## Kinds
+
 | kind | split | gathered |
 |---|---|---|
 """

@@ -26,7 +26,7 @@ from launch.model.adapters import with_adapter
 from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
 from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
-from launch.model.tensor_parallel.apply import split_model
+from launch.model.tensor_parallel.apply import split_adapters, split_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import say, world_size
 from launch.process.rendezvous import rendezvous
@@ -155,9 +155,11 @@ def make_trainer(
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = load_model(options, tokenizer, dtype, args.seed)
     prior = smoothing_prior(options, data, tokenizer, model, run.path)
-    if options.tp > 1:
-        split_model(model, args.hf_deepspeed_config.config["tensor_parallel"])
+    section = args.hf_deepspeed_config.config.get("tensor_parallel", {})
+    split = split_model(model, section) if options.tp > 1 else None
     model = with_adapter(model, options, args.seed)
+    if split is not None and options.lora_rank:
+        split_adapters(section, split)
     if options.packing and (problem := packing_problem(model)):
         raise UserError(problem)
     pad = PadToLongest(tokenizer.pad_token_id)

@@ -98,6 +98,34 @@ def without_tensor_parallel() -> Iterator[None]:
             config["tensor_parallel"] = hidden
 
 
+def look_inside_adapters() -> None:
+    """Make DeepSpeed split the layers inside peft's, from now on.
+
+    DeepSpeed 0.19.8 takes a module with a weight of two dimensions for a linear layer and looks no further
+    (`AutoTP._replace_module`). peft's layers show their base layer's weight as their own (`BaseTunerLayer.weight`),
+    for code of transformers' T5. Upstream: none found. Test: `test_peft_shows_the_weight_of_a_base_layer`.
+    """
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    replace = AutoTP._replace_module
+    if getattr(replace, "looks_inside", False):
+        return
+
+    def replace_inside(self, *place):
+        shown = BaseTunerLayer.__dict__.get("weight")
+        if shown is None:  # called by itself
+            return replace(self, *place)
+        del BaseTunerLayer.weight
+        try:
+            return replace(self, *place)
+        finally:
+            BaseTunerLayer.weight = shown
+
+    replace_inside.looks_inside = True  # type: ignore[attr-defined]
+    AutoTP._replace_module = replace_inside
+
+
 def keep_fp32_grad_norm(engine) -> None:
     """Make an engine without ZeRO keep the gradient norm, and skip the update if the norm is not finite.
 

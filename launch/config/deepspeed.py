@@ -13,6 +13,7 @@ from launch.config.options import SftOptions
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 DEFAULT_STAGE = 1
 GATHER = "gather_16bit_weights_on_model_save"
+OWN_SPLITS = ("partition_config", "preset_model")  # a user's file may say how to split
 OTHER_NAMES = (f"stage3_{GATHER}", "stage3_gather_fp16_weights_on_model_save")  # DeepSpeed takes one of them
 
 
@@ -41,6 +42,8 @@ def deepspeed_config(
     options = replace(options, tp=max(1, size))
     if options.tp == 1:
         config.pop("tensor_parallel", None)
+    elif options.lora_rank:
+        _check_split_adapter(options, tensor_parallel)
     if world_size is not None and world_size % options.tp:
         raise UserError(
             f"tensor parallelism {options.tp} does not divide the {counted(world_size, 'process', 'processes')} of "
@@ -55,6 +58,26 @@ def deepspeed_config(
             zero.pop(name, None)
         zero[GATHER] = True
     return options, config
+
+
+def _check_split_adapter(options: SftOptions, tensor_parallel: dict[str, Any]) -> None:
+    """Raise `UserError` for an adapter that tensor-parallel ranks would train otherwise than one process."""
+    flag = f"cannot be used with tensor parallelism {options.tp}"
+    if options.dora:
+        raise UserError(
+            f"--dora {flag}: it needs the length of whole rows of weights that are split; leave it out, or share "
+            "memory by --zero 3"
+        )
+    if options.lora_dropout:
+        raise UserError(
+            f"--lora_dropout {flag}: ranks would drop other inputs than one process does; set it to 0, or share "
+            "memory by --zero 3"
+        )
+    if own := [name for name in OWN_SPLITS if tensor_parallel.get(name)]:
+        raise UserError(
+            f"--lora_rank {flag} and {' and '.join(own)} in the DeepSpeed file: adapters are split as the layers are "
+            "that they stand beside, by the split that this job makes; leave it out of the file"
+        )
 
 
 def _check_batch(config: dict, tp: int, path: str | None) -> None:

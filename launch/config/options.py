@@ -351,8 +351,6 @@ def _adapter_problem(options: SftOptions) -> str | None:
         return f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}"
     if options.model_config:
         return "--lora_rank adapts a trained model, and that of --model_config has random weights; give --model"
-    if options.tp > 1:
-        return f"--lora_rank cannot be used with --tp {options.tp}: adapters are not split; share memory by --zero 3"
     return None
 
 

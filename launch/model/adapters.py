@@ -22,11 +22,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."  # of the names of weights
 
 
-def with_adapter(model: PreTrainedModel, options: SftOptions, seed: int) -> "PreTrainedModel | PeftModel":
+def with_adapter(
+    model: PreTrainedModel, options: SftOptions, seed: int, quiet: bool = False
+) -> "PreTrainedModel | PeftModel":
     """Return the model with adapters of `--lora_rank` in it and all else frozen; as it is without that flag.
 
-    Adapters are drawn from `seed` alike on all ranks, in the model's dtype. Raises `UserError` if peft is missing or
-    cannot adapt the layers of `--lora_targets`.
+    Unless `quiet`, print what is trained. Adapters are drawn from `seed` alike on all ranks, in the model's dtype.
+    Raises `UserError` if peft is missing or cannot adapt the layers of `--lora_targets`.
 
     Collectives:
         Under ZeRO 3 with `--dora`, those that gather each layer's weight.
@@ -54,7 +56,8 @@ def with_adapter(model: PreTrainedModel, options: SftOptions, seed: int) -> "Pre
         raise UserError(f"--lora_rank: peft cannot adapt {type(model).__name__}: {error_line(error)}") from None
     # get_peft_model puts the model's own name there, which may be a relative path
     adapted.peft_config["default"].base_model_name_or_path = _address(options.model)
-    say(_described(adapted, options))
+    if not quiet:
+        say(_described(adapted, options))
     return adapted
 
 
@@ -69,11 +72,6 @@ def adapter_as_model(model: str) -> str:
 def is_adapted(model: Any) -> bool:
     """Return whether only adapters of this model are trained."""
     return hasattr(model, "peft_config")
-
-
-def elements(parameter: nn.Parameter) -> int:
-    """Return how many elements a parameter has, also if ZeRO 3 has partitioned it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def targets_problem(model: PreTrainedModel, targets: list[str] | None) -> str | None:
@@ -108,8 +106,7 @@ def _address(model: str) -> str:
 
 def _described(adapted: "PeftModel", options: SftOptions) -> str:
     layers = adapted.targeted_module_names
-    trained = sum(elements(p) for p in adapted.parameters() if p.requires_grad)
-    total = sum(elements(p) for p in adapted.parameters())
+    trained, total = adapted.get_nb_trainable_parameters()
     kinds = ", ".join(sorted({name.split(".")[-1] for name in layers}))
     return (
         f"adapter: {'DoRA' if options.dora else 'LoRA'} of rank {options.lora_rank} in "

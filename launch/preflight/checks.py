@@ -18,6 +18,9 @@ from launch.data.load import load_data
 from launch.model.adapters import with_adapter
 from launch.model.load import load_model
 from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
+from launch.model.tensor_parallel.apply import has_own_split
+from launch.model.tensor_parallel.held_whole import held_whole
+from launch.model.tensor_parallel.split import Split, plan_split
 from launch.preflight.loss_checks import capture_head_input, check_formulations, check_heads, check_split
 from launch.preflight.memory import Setup, estimate
 from launch.preflight.model_checks import check_installed, check_mask, check_overfit, check_packed_rows
@@ -44,10 +47,13 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     tokenizer, data = load_data(options)
     dtype = torch.bfloat16 if training_values.get("bf16") else torch.float32
     seed = training_values.get("seed", 42)
-    model = load_model(options, tokenizer, dtype, seed)
-    prior = smoothing_prior(options, data, tokenizer, model)
+    base = load_model(options, tokenizer, dtype, seed)
+    prior = smoothing_prior(options, data, tokenizer, base)
     settings = loss_settings(options, None if prior is None else prior.to(device))
-    model = with_adapter(model, options, seed).to(device)
+    section = config.get("tensor_parallel", {})
+    split_over_ranks = [check_model_split(base, options, section, settings)] if options.tp > 1 else []
+    split = plan_split(base) if options.tp > 1 and not has_own_split(section) else None
+    model = with_adapter(base, options, seed).to(device)
     rows = data.train.select(range(min(len(data.train), MOST_ROWS, micro_batch(training_values))))
     padded = PadToLongest(tokenizer.pad_token_id)(list(rows))
     batch = {name: value.to(device) for name, value in padded.items() if isinstance(value, Tensor)}
@@ -58,10 +64,10 @@ def check_run(options: SftOptions, training_values: dict) -> int:
         *check_heads(head_input),
         *check_installed(model, batch, options, settings),
         check_split(head_input, max(2, options.tp)),
-        *([check_model_split(model, options, config["tensor_parallel"], settings)] if options.tp > 1 else []),
+        *split_over_ranks,
         *([check_packed_rows(model, tokenizer, data.train[0]["input_ids"], device)] if options.packing else []),
         check_overfit(model, batch, options, settings),
-        *memory_rows(model, options, training_values, stage, bf16_gradients),
+        *memory_rows(model, split, options, training_values, stage, bf16_gradients),
         Check("time", f"{time.monotonic() - start:.0f} s"),
     ]
     show(checks)
@@ -80,8 +86,12 @@ def hardware(device: torch.device) -> str:
     )
 
 
-def memory_rows(model, options: SftOptions, training_values: dict, stage: int, bf16_gradients: bool) -> list[Check]:
-    """The estimate for the full run, for one and for eight data-parallel ranks."""
+def memory_rows(
+    model, split: Split | None, options: SftOptions, training_values: dict, stage: int, bf16_gradients: bool
+) -> list[Check]:
+    """The estimate for the full run, for one and for eight data-parallel ranks; without a `split` all is split."""
+    whole = held_whole(model, split) if split is not None else []
+    low_precision = bool(training_values.get("bf16") or training_values.get("fp16"))
     config = model.config.get_text_config()
     rows = micro_batch(training_values)
     checks = []
@@ -89,6 +99,8 @@ def memory_rows(model, options: SftOptions, training_values: dict, stage: int, b
         setup = Setup(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            whole=sum(p.numel() for p in whole),
+            whole_trained=sum(p.numel() for p in whole if p.requires_grad),
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
             vocab=config.vocab_size,
@@ -97,7 +109,7 @@ def memory_rows(model, options: SftOptions, training_values: dict, stage: int, b
             data_parallel=data_parallel,
             zero=stage,
             offload=options.offload,
-            low_precision=bool(training_values.get("bf16") or training_values.get("fp16")),
+            low_precision=low_precision,
             fp32_gradients=bool(training_values.get("bf16")) and not bf16_gradients,
             checkpointing=bool(training_values.get("gradient_checkpointing")),
             head=options.head,

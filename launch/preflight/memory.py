@@ -21,6 +21,8 @@ class Setup:
 
     parameters: int
     trained: int  # of the parameters; fewer with adapters, and then not the head
+    whole: int  # of the parameters: on every tensor-parallel rank
+    whole_trained: int  # of those: trained
     hidden: int
     layers: int
     vocab: int
@@ -40,7 +42,8 @@ class Setup:
 def estimate(setup: Setup) -> dict[str, float]:
     """Estimate GiB per rank, by part and in `total`."""
     value_bytes = 2 if setup.low_precision else 4
-    own, trained = setup.parameters / setup.tensor_parallel, setup.trained / setup.tensor_parallel
+    own = setup.whole + (setup.parameters - setup.whole) / setup.tensor_parallel
+    trained = setup.whole_trained + (setup.trained - setup.whole_trained) / setup.tensor_parallel
     shards = setup.data_parallel
     weights = own * value_bytes / (shards if setup.zero >= 3 else 1)
     gradients = trained * (4 if setup.fp32_gradients else value_bytes) / (shards if setup.zero >= 2 else 1)

@@ -81,13 +81,13 @@ def check_overfit(model, batch: dict[str, Tensor], options: SftOptions, settings
     A large model trains its last layers only.
     """
     chosen: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     count = 0
     for parameter in reversed([p for p in model.parameters() if p.requires_grad]):
         count += parameter.numel()
-        if chosen and count > OVERFIT_PARAMETERS:
-            parameter.requires_grad_(False)
-        else:
-            chosen.append(parameter)
+        (others if chosen and count > OVERFIT_PARAMETERS else chosen).append(parameter)
+    for parameter in others:
+        parameter.requires_grad_(False)
     rates = OVERFIT_RATES if options.model is not None else OVERFIT_RATES[-1:]
     if options.lora_rank:
         rates = ADAPTER_RATES
@@ -107,5 +107,7 @@ def check_overfit(model, batch: dict[str, Tensor], options: SftOptions, settings
                 optimizer.zero_grad()
             if nll[-1] < bound * nll[0]:
                 break
+    for parameter in others:
+        parameter.requires_grad_()
     figure = f"nll {nll[0]:.3f} -> {nll[-1]:.3f} in {len(nll)} steps"
     return Check("overfits one batch", figure, words, nll[-1] < bound * nll[0])

@@ -7,6 +7,7 @@ So the step is compared, weight by weight, which also shows that the exported we
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from launch.common.library_patches import consolidate_buffers, skip_shared_memory_op
 from launch.common.messages import typed_error_line
 from launch.config.options import SftOptions
-from launch.model.tensor_parallel.apply import split_model
+from launch.model.adapters import PEFT_PREFIX, is_adapted, targets_problem, with_adapter
+from launch.model.tensor_parallel.apply import split_adapters, split_model
 from launch.preflight.ranks import join, run_ranks
 from launch.preflight.small_copy import small_copy
 from launch.preflight.table import Check
 from smoothing import install_smoothed_loss
+from smoothing.install import causal_lm
 
 MOST_PARAMETERS = 20_000_000  # of a model that is split as it is
 RATE = 1024.0  # so large that the step, not the weights, decides about rounding
@@ -36,8 +39,10 @@ def check_model_split(
     """Compare loss, gradients and consolidated weights of the model on `--tp` ranks with those of one process.
 
     Of a model of more than `MOST_PARAMETERS` a small copy is split. What cannot be tried is a row without a verdict.
+    With `--lora_rank` it is done with adapters, drawn anew.
 
     Args:
+        model: without adapters.
         section: `tensor_parallel` of the DeepSpeed configuration.
         settings: Those of the loss (`loss_settings`).
     """
@@ -50,6 +55,8 @@ def check_model_split(
         try:
             torch.manual_seed(0)
             whole = type(model)(small_copy(model.config, options.tp))
+            if problem := targets_problem(whole, options.lora_targets):
+                return Check(name, f"not tried: {what.removeprefix('a ')} has other layers: {problem}")
             with torch.no_grad():
                 whole(input_ids=_batch(whole)["input_ids"])
         except Exception as error:
@@ -60,12 +67,12 @@ def check_model_split(
         settings = settings | {"head": options.head}
         if settings["smoothing_prior"] is not None:
             settings["smoothing_prior"] = settings["smoothing_prior"].cpu()
-        torch.save((section, settings), Path(folder) / "settings.pt")
+        torch.save((section, settings, asdict(options)), Path(folder) / "settings.pt")
         try:
             run_ranks("launch.preflight.model_split", options.tp, folder)
         except RuntimeError as error:
             return Check(name, f"{what}: {str(error).strip().splitlines()[-1]}", "", False)
-        alone = _loaded(folder)
+        alone = _adapted(_loaded(folder), options)
         before = {key: value.clone() for key, value in alone.state_dict().items()}
         losses = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(options.tp)]
         state = torch.load(Path(folder) / "state.pt", weights_only=True)
@@ -85,6 +92,15 @@ def _loaded(folder: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # eval: no dropout
 
 
+def _adapted(model: PreTrainedModel, options: SftOptions):
+    adapted = with_adapter(model, options, 0, quiet=True)
+    with torch.no_grad():  # peft's B is zero, so that A would have no gradient
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return adapted
+
+
 def _batch(model: PreTrainedModel) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (ROWS, TOKENS), generator=draw)
@@ -102,7 +118,9 @@ def _gradient_error(alone: PreTrainedModel, before: dict[str, Tensor], state: di
     """The largest relative error of a weight's gradient, and whose; a thousandth of the largest gradient is small."""
     gradients = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
     small = 1e-3 * max(gradient.norm() for gradient in gradients.values())
-    errors = {name: float("inf") for name in before.keys() - state.keys() - set(alone.all_tied_weights_keys)}
+    prefix = PEFT_PREFIX if is_adapted(alone) else ""
+    tied = {f"{prefix}{name}" for name in causal_lm(alone).all_tied_weights_keys}
+    errors = {name: float("inf") for name in before.keys() - state.keys() - tied}
     for name, gradient in gradients.items():
         if name in state:
             got = (before[name] - state[name]) / RATE
@@ -117,13 +135,16 @@ def _one_rank(rank: int, ranks: int, folder: str) -> None:
     join(rank, ranks, folder)
     skip_shared_memory_op()
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
-    section, settings = torch.load(Path(folder) / "settings.pt", weights_only=True)
-    section |= {"autotp_size": ranks}
+    section, settings, given = torch.load(Path(folder) / "settings.pt", weights_only=True)
+    options, section = SftOptions(**given), section | {"autotp_size": ranks}
     model = _loaded(folder)
     model.config.use_cache = False
-    split_model(model, section)
+    split = split_model(model, section)
+    model = _adapted(model, options)
+    if split is not None and options.lora_rank:
+        split_adapters(section, split)
     config = {"train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": 0.0, "tensor_parallel": section}
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     consolidate_buffers(engine)
     engine.module.eval()

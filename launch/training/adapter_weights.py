@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from deepspeed.module_inject.layers import GatherReplacedLayerParams
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
@@ -17,7 +18,12 @@ def gathered(trainer: SftTrainer, with_frozen: bool) -> Mapping[str, Tensor]:
         return trainer.accelerator.get_state_dict(trainer.deepspeed) or {}
     if trainer.deepspeed.zero_optimization_stage() == 3:
         return trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
-    return {name: p.detach().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    weights: dict[str, Tensor] = {}
+    for prefix, module in trainer.model.named_modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+        with GatherReplacedLayerParams(list(own.values()), module):  # of all tensor-parallel ranks, if it is split
+            weights |= {f"{prefix}.{name}": p.detach().cpu() for name, p in own.items()}
+    return weights
 
 
 def check_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
@@ -47,6 +53,7 @@ def merged(model: PeftModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 def twin(model: PeftModel) -> PeftModel:
     """Return the same model built anew on the meta device, outside what ZeRO 3 partitions."""
     base, config = model.get_base_model(), copy.deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path = None  # else peft warns that it puts another there
     with torch.device("meta"):
         # the class itself: under ZeRO 3 `from_config` would partition the model, with collectives, on this rank alone
         return get_peft_model(type(base)(copy.deepcopy(base.config)), config, autocast_adapter_dtype=False)

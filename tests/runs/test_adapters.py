@@ -1,4 +1,7 @@
-"""LoRA and DoRA: on one process and on two ranks the same losses and adapter, which peft loads; resume; merging."""
+"""LoRA and DoRA: the same losses and adapter for every layout over ranks, which peft loads; resume; merging.
+
+One process, data parallel, tensor parallel, and both; ZeRO 0 to 3.
+"""
 
 from pathlib import Path
 
@@ -28,29 +31,38 @@ COMMON = {
     "lora_alpha": 32,
 }
 DORA = {"dora": True}
+SAVED = {"save_strategy": "steps", "save_steps": 2}
 MERGED = {"merge_adapter": True}
-# name: ranks, ZeRO stage, whether embeddings are tied, more
+# name: ranks, tensor parallelism, ZeRO stage, whether embeddings are tied, more
 RUNS = {
-    "one": (1, 0, False, {}),
-    "one-tied": (1, 1, True, {}),
-    "one-dora": (1, 0, False, DORA),
-    "one-merged": (1, 1, False, MERGED | {"gradient_checkpointing": True}),
-    "one-dora-merged": (1, 2, False, DORA | MERGED),
-    "one-resumed": (1, 1, False, {"save_strategy": "steps", "save_steps": 2}),
-    "two-zero0": (2, 0, False, {}),
-    "two-zero1": (2, 1, False, {}),
-    "two-zero2": (2, 2, False, {}),
-    "two-zero3": (2, 3, False, {}),
-    "two-dora-zero2": (2, 2, False, DORA),
-    "two-dora-zero3": (2, 3, False, DORA),
-    "two-tied-merged-zero3": (2, 3, True, MERGED),
+    "one": (1, 1, 0, False, {}),
+    "one-tied": (1, 1, 1, True, {}),
+    "one-dora": (1, 1, 0, False, DORA),
+    "one-merged": (1, 1, 1, False, MERGED | {"gradient_checkpointing": True}),
+    "one-dora-merged": (1, 1, 2, False, DORA | MERGED),
+    "one-resumed": (1, 1, 1, False, SAVED),
+    "dp2-zero0": (2, 1, 0, False, {}),
+    "dp2-zero1": (2, 1, 1, False, {}),
+    "dp2-zero2": (2, 1, 2, False, {}),
+    "dp2-zero3": (2, 1, 3, False, {}),
+    "dp2-dora-zero2": (2, 1, 2, False, DORA),
+    "dp2-dora-zero3": (2, 1, 3, False, DORA),
+    "dp2-tied-merged-zero3": (2, 1, 3, True, MERGED),
+    "tp2-zero0": (2, 2, 0, False, {}),
+    "tp2-zero1-resumed": (2, 2, 1, False, SAVED),
+    "tp2-zero2": (2, 2, 2, False, {}),
+    "tp2-zero3": (2, 2, 3, False, {}),
+    "tp2-tied-merged-zero1": (2, 2, 1, True, MERGED),
+    "tp2-dp2-zero1": (4, 2, 1, False, {}),
+    "tp2-dp2-tied-merged-zero3": (4, 2, 3, True, MERGED),
 }
 
 
 def arguments(folder: Path, name: str, **more) -> list[str]:
-    ranks, zero, tied, values = RUNS[name]
+    ranks, tp, zero, tied, values = RUNS[name]
     places = {"model": folder / ("model-tied" if tied else "model-untied"), "data": folder / "train.jsonl"}
-    size = {"zero": zero, "per_device_train_batch_size": GLOBAL_BATCH // ranks, "output_dir": folder / name}
+    size = {"zero": zero, "tp": tp, "per_device_train_batch_size": GLOBAL_BATCH * tp // ranks}
+    size |= {"output_dir": folder / name}
     return flags(COMMON | places | size | values | more)
 
 
@@ -60,8 +72,8 @@ def runs(tmp_path_factory) -> Path:
     write_data(folder)
     for tied in (False, True):
         write_model(folder, tied)
-    for ranks in (1, 2):
-        launch_many(folder, ranks, [arguments(folder, name) for name, run in RUNS.items() if run[0] == ranks])
+    for layout in sorted({run[:2] for run in RUNS.values()}):  # one start holds runs of one layout
+        launch_many(folder, layout[0], [arguments(folder, name) for name, run in RUNS.items() if run[:2] == layout])
     return folder
 
 
@@ -87,7 +99,9 @@ def assert_same_losses(run: Path, alone: Path) -> None:
 
 
 PAIRS = [
-    (name, "one-dora" if "dora" in name else "one") for name in RUNS if name.startswith("two") and "tied" not in name
+    (name, "one-dora" if "dora" in name else "one")
+    for name, run in RUNS.items()
+    if run[0] > 1 and not run[3] and run[4] != MERGED
 ]
 
 
@@ -104,7 +118,13 @@ def test_same_losses_and_same_adapter(runs, name, alone):
 
 @pytest.mark.parametrize(
     ("name", "merged"),
-    [("one", "one-merged"), ("one-dora", "one-dora-merged"), ("one-tied", "two-tied-merged-zero3")],
+    [
+        ("one", "one-merged"),
+        ("one-dora", "one-dora-merged"),
+        ("one-tied", "dp2-tied-merged-zero3"),
+        ("one-tied", "tp2-tied-merged-zero1"),
+        ("one-tied", "tp2-dp2-tied-merged-zero3"),
+    ],
 )
 def test_peft_loads_what_was_trained(runs, name, merged):
     """The adapter on the base computes what the merged model of the same run does."""
@@ -136,17 +156,17 @@ def test_only_the_adapter_is_trained_and_exported(runs):
     assert torch.equal(whole.lm_head.weight, base(runs).lm_head.weight)
 
 
-def test_resume_is_exact(runs):
+@pytest.mark.parametrize("name", ["one-resumed", "tp2-zero1-resumed"])
+def test_resume_is_exact(runs, name):
     """A checkpoint holds no frozen weight, and the run goes on from it to the same adapter, bit for bit."""
-    run = runs / "one-resumed"
+    run = runs / name
     checkpoint = run / "checkpoint-2"
     small = sum(path.stat().st_size for path in checkpoint.rglob("*model*"))
     assert small < (runs / "model-untied/model.safetensors").stat().st_size
     before = adapter(run)
     (run / "model").rename(run / "model-before")
     (run / "checkpoint-4").rename(run / "set-aside")
-    printed = launch_many(runs, 1, [arguments(runs, "one-resumed")])
+    printed = launch_many(runs, RUNS[name][0], [arguments(runs, name)])
     assert "checkpoint-2" in printed
     after = adapter(run)
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert all(torch.equal(adapter(runs / "one")[name], weight) for name, weight in before.items())
+    assert after.keys() == before.keys() and all(torch.equal(after[key], weight) for key, weight in before.items())

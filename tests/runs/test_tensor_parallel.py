@@ -1,5 +1,7 @@
 """Every kind of model that is split over two ranks trains as on one process: losses, gradient norms and weights.
 
+So do its adapters, which are split as the layers beside them.
+
 All ranks' runs are done in one start, since a start costs more than a run. By default a few kinds stand for all:
 `make kinds` runs every one.
 """
@@ -19,6 +21,8 @@ ALL = bool(os.environ.get("ALL_KINDS"))
 # a sum of gradients over ranks, fused and gathered layers, persistent buffers, a scaled embedding, the head alone
 FEW = ("qwen3_moe", "phi3", "deepseek_v3", "gemma2", "bloom")
 CHOSEN = tuple(KINDS) if ALL else FEW
+# fused and gathered layers, a sum of gradients that is frozen, Conv1D in a model of which the head alone is split
+ADAPTED = tuple(KINDS) if ALL else ("phi3", "qwen3_moe", "gpt2")
 CHANGE_LOGITS = ("cohere", "gptj")  # or have a bias: refused by the fused head
 COMMON = {
     "smoothing": 0.1,
@@ -41,31 +45,38 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
     write_data(folder)
     tokenizer = AutoTokenizer.from_pretrained(write_model(folder, tied=False))
-    for kind in CHOSEN:
+    for kind in {*CHOSEN, *ADAPTED}:
         write_kind(kind, tokenizer, folder, VOCAB)
     for tp in (1, 2):
-        launch_many(folder, tp, [_arguments(folder, kind, tp) for kind in CHOSEN])
+        todo = [(kind, 0) for kind in CHOSEN] + [(kind, 4) for kind in ADAPTED]
+        launch_many(folder, tp, [_arguments(folder, kind, tp, lora_rank) for kind, lora_rank in todo])
     return folder
 
 
-def _arguments(folder: Path, kind: str, tp: int) -> list[str]:
-    own = {"model": folder / kind, "data": folder / "train.jsonl", "output_dir": folder / f"{kind}-tp{tp}", "tp": tp}
+def _arguments(folder: Path, kind: str, tp: int, lora_rank: int) -> list[str]:
+    output = folder / f"{kind}{'-adapter' if lora_rank else ''}-tp{tp}"
+    own = {"model": folder / kind, "data": folder / "train.jsonl", "output_dir": output, "tp": tp}
+    own |= {"lora_rank": lora_rank, "lora_alpha": 32} if lora_rank else {}
     return flags(COMMON | own | {"head": "sharded" if kind in CHANGE_LOGITS else "fused"})
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+def _weights(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(folder / name)
+
+
+def _assert_same_losses(split: Path, alone: Path) -> None:
+    expected, got = metrics(alone), metrics(split)
+    assert [row["step"] for row in got] == [row["step"] for row in expected] == [1, 2, 3]
+    for want, have in zip(expected, got, strict=True):
+        for key in ("loss", "nll", "accuracy", "grad_norm"):
+            assert have[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", CHOSEN)
 def test_two_ranks_train_as_one_process(runs, kind):
     alone, split = runs / f"{kind}-tp1", runs / f"{kind}-tp2"
-    expected, got = metrics(alone), metrics(split)
-    assert [row["step"] for row in got] == [row["step"] for row in expected] == [1, 2, 3]
-    for want, have in zip(expected, got, strict=True):
-        for key in ("loss", "nll", "accuracy", "grad_norm"):
-            assert have[key] == pytest.approx(want[key], rel=1e-5), (key, want["step"])
+    _assert_same_losses(split, alone)
     before, expected, got = _weights(runs / kind), _weights(alone / "model"), _weights(split / "model")
     assert got.keys() == expected.keys()
     size = max((expected[name] - before[name]).norm() for name in before.keys() & expected.keys())
@@ -76,6 +87,20 @@ def test_two_ranks_train_as_one_process(runs, kind):
         if name in before:  # weights change by little in three steps: hold the change itself to one process's
             error = (got[name] - weight).norm()
             assert error <= 1e-4 * (weight - before[name]).norm() + 1e-6 * size, name
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_two_ranks_train_the_adapter_of_one_process(runs, kind):
+    """Factors change by little of A and all of B, which begins as zero."""
+    alone, split = runs / f"{kind}-adapter-tp1", runs / f"{kind}-adapter-tp2"
+    _assert_same_losses(split, alone)
+    expected, got = (_weights(run / "model", "adapter_model.safetensors") for run in (alone, split))
+    assert got.keys() == expected.keys()
+    size = max(weight.norm() for name, weight in expected.items() if "lora_B" in name)
+    for name, weight in expected.items():
+        bound = 1e-4 * weight.norm() + 1e-6 * size if "lora_B" in name else 1e-6 * weight.norm()
+        assert (got[name] - weight).norm() <= bound, name
 
 
 @pytest.mark.parametrize("kind", CHOSEN)

@@ -4,11 +4,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from launch.common.library_patches import look_inside_adapters
+from launch.config.deepspeed import OWN_SPLITS
+from launch.model.tensor_parallel.adapters import with_factors
 from launch.model.tensor_parallel.prepare import keep_whole, rename_scaled
 from launch.model.tensor_parallel.split import Split, plan_split
 from launch.process.ranks import say
-
-OWN = ("partition_config", "preset_model")  # a user's file may say how to split
 
 
 def split_model(model: PreTrainedModel, section: dict[str, Any]) -> Split | None:
@@ -17,10 +18,21 @@ def split_model(model: PreTrainedModel, section: dict[str, Any]) -> Split | None
     Returns the split, or None if the section has a user's own. Call it before DeepSpeed's `initialize`.
     """
     rename_scaled(model)
-    if any(section.get(name) for name in OWN):
+    if has_own_split(section):
         return None
     split = plan_split(model)
     section["partition_config"] = split.partition_config
     keep_whole(model, split)
     say(f"tensor parallelism of {model.config.model_type}: {split}")
     return split
+
+
+def has_own_split(section: dict[str, Any]) -> bool:
+    """Return whether a user's DeepSpeed file says in `tensor_parallel` how to split the model."""
+    return any(section.get(name) for name in OWN_SPLITS)
+
+
+def split_adapters(section: dict[str, Any], split: Split) -> None:
+    """Have DeepSpeed split the adapters too that were put into a model after `split_model`."""
+    section["partition_config"] = split.partition_config | {"layer_specs": with_factors(split.specs)}
+    look_inside_adapters()

@@ -16,10 +16,11 @@ def keep_whole(model: PreTrainedModel, split: Split) -> None:
 
     DeepSpeed 0.19.8 divides numbers of heads and sizes (`num_heads`, `hidden_size`) by the ranks in every module that
     holds a split weight anywhere (`AutoTP.update_mp_params`), unless the module says that it is done with. Only a
-    parallel block computes with its share of them: Falcon's mask, for one, is of all heads.
+    parallel block computes with its share of them: Falcon's mask, for one, is of all heads. The model itself is
+    marked too, as it may come to stand inside another module, peft's.
     """
     for name, module in model.named_modules():
-        if name and general(name) not in split.parallel and any(True for _ in module.children()):
+        if general(name) not in split.parallel and any(True for _ in module.children()):
             module.replaced = True  # type: ignore[assignment]
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from deepspeed.checkpoint import universal_checkpoint
 from deepspeed.comm.torch import build_shm_op
+from deepspeed.module_inject import auto_tp
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -19,6 +20,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from packaging.specifiers import SpecifierSet
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, optimization
@@ -53,6 +55,12 @@ def test_a_zero_stage_is_pickled_by_value():
 def test_deepspeed_makes_groups_without_a_timeout():
     assert list(inspect.signature(deepspeed.comm.new_group).parameters) == ["ranks"]
     assert isinstance(c10d.default_pg_timeout, type(c10d._get_default_timeout("gloo")))
+
+
+def test_peft_shows_the_weight_of_a_base_layer():
+    """And DeepSpeed looks no further where there is a weight."""
+    assert isinstance(BaseTunerLayer.weight, property)
+    assert 'hasattr(child, "weight") and _weight_ndim(child.weight) == 2' in inspect.getsource(auto_tp)
 
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}

@@ -1,11 +1,14 @@
 """Which layers can be adapted, how adapters are drawn, and what a frozen head costs."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from launch.common.errors import UserError
+from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions, check_options
 from launch.model.adapters import targets_problem, with_adapter
 from launch.model.load import load_model
@@ -36,7 +39,6 @@ REFUSED = [
     ({"lora_alpha": 0}, "--lora_alpha must be at least 1, got 0"),
     ({"lora_dropout": 1.0}, r"--lora_dropout must lie in \[0, 1\), got 1.0"),
     ({"model": None, "model_config": {"model_type": "llama"}}, "has random weights; give --model"),
-    ({"tp": 2}, "--lora_rank cannot be used with --tp 2"),
 ]
 
 
@@ -46,6 +48,23 @@ def test_flags_that_contradict_each_other(given, words):
         check_options(SftOptions(**{"model": "somewhere", "lora_rank": 4} | given))
     check_options(options())
     check_options(options(lora_rank=0, lora_dropout=0.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "section", "words"),
+    [
+        ({"dora": True}, {}, "--dora cannot be used with tensor parallelism 2"),
+        ({"lora_dropout": 0.1}, {}, "--lora_dropout cannot be used with tensor parallelism 2"),
+        ({}, {"preset_model": "llama"}, "tensor parallelism 2 and preset_model in the DeepSpeed file"),
+    ],
+)
+def test_what_ranks_would_train_otherwise_than_one_process(given, section, words, tmp_path):
+    """Whether --tp says so or the DeepSpeed file."""
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"tensor_parallel": {"autotp_size": 2} | section}))
+    with pytest.raises(UserError, match=words):
+        deepspeed_config(options(**given), str(file), 2)
+    assert deepspeed_config(options(tp=2), None, 2)[0].tp == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is split of a model, and what is refused; `tests/runs/test_tensor_parallel.py` trains with it."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from launch.common.errors import UserError
 from launch.common.library_patches import weightless
 from launch.config.options import SftOptions
 from launch.data.train_tokenizer import train_tokenizer
+from launch.model.adapters import with_adapter
 from launch.model.load import load_model
+from launch.model.tensor_parallel.adapters import with_factors
 from launch.model.tensor_parallel.apply import split_model
+from launch.model.tensor_parallel.held_whole import held_whole
 from launch.model.tensor_parallel.kinds import ADDED_PLANS, SHOWN
 from launch.model.tensor_parallel.problem import split_problem
 from launch.model.tensor_parallel.split import Split, plan_split
@@ -43,6 +47,47 @@ def test_each_layer_has_one_spec(kind):
     assert all(len(specs) <= 1 for specs in found.values())
     assert any(found.values()) == (kind not in ("bloom", "gpt2"))
     assert not found[next(name for name in inner if name.endswith(("lm_head", "embed_out")))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_is_cut_as_its_layer_is(kind):
+    """B by the output of a column-parallel layer, A by the input of a row-parallel one; a whole layer's are whole."""
+    model = meta(kind)
+    split = plan_split(model)
+    adapted = with_adapter(model, SftOptions(model="base", lora_rank=4), 0, quiet=True)
+    factors = replace(split, specs=with_factors(split.specs))
+    cut = {"column": ["base_layer", "lora_B.default"], "row": ["base_layer", "lora_A.default"]}
+    for name in adapted.targeted_module_names:
+        before = matched(split, f"{name}.weight")
+        found = {
+            part: matched(factors, f"base_model.model.{name}.{part}.weight")
+            for part in ("base_layer", "lora_A.default", "lora_B.default")
+        }
+        assert [part for part, specs in found.items() if specs] == (
+            cut[before[0]["partition_type"]] if before else []
+        )
+    assert not any(spec.get("grad_allreduce") for spec in factors.specs), "a frozen norm takes no hook"
+
+
+def test_what_every_rank_holds():
+    """Row-parallel layers' biases too, and one factor of each adapter, but no part of the head."""
+    model = meta("phi")
+    split = plan_split(model)
+    adapted = with_adapter(model, SftOptions(model="base", lora_rank=4, lora_targets=["q_proj", "dense"]), 0, True)
+    whole = {id(parameter) for parameter in held_whole(adapted, split)}
+    names = {
+        name.removeprefix("base_model.model.model.").replace("layers.0", "layer")
+        for name, parameter in adapted.named_parameters()
+        if id(parameter) in whole and "layers.1" not in name
+    }
+    norms = {f"{name}.{part}" for name in ("layer.input_layernorm", "final_layernorm") for part in ("weight", "bias")}
+    assert names == norms | {
+        "embed_tokens.weight",
+        "layer.self_attn.q_proj.lora_A.default.weight",
+        "layer.self_attn.dense.base_layer.bias",
+        "layer.self_attn.dense.lora_B.default.weight",
+        "layer.mlp.fc2.bias",
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from launch.preflight.memory import Setup, estimate
 PLAIN = Setup(
     parameters=10**9,
     trained=10**9,
+    whole=0,
+    whole_trained=0,
     hidden=1,
     layers=1,
     vocab=1,
@@ -34,6 +36,8 @@ PLAIN = Setup(
         ({"zero": 0}, 2 + 2 + 12),
         ({"low_precision": False}, 4 + 4 + 8 + 4),
         ({"tensor_parallel": 4}, (2 + 2 + 12 + 6) / 4),
+        ({"tensor_parallel": 4, "whole": 2 * 10**8}, 2 * 0.4 + (2 + 12 + 6) / 4),
+        ({"tensor_parallel": 4, "trained": 10**8, "whole": 6 * 10**7, "whole_trained": 6 * 10**7}, 2 * 0.295 + 1.4),
         ({"data_parallel": 4}, 2 + 2 + (12 + 6) / 4),
         ({"data_parallel": 4, "zero": 2}, 2 + (2 + 12 + 6) / 4),
         ({"data_parallel": 4, "zero": 3}, (2 + 2 + 12) / 4),

@@ -6,11 +6,13 @@ from transformers import AutoModelForCausalLM
 
 from launch.common.library_patches import weightless
 from launch.config.options import SftOptions
+from launch.model.smoothing_prior import loss_settings
 from launch.preflight import model_split
 from launch.preflight.model_split import MOST_PARAMETERS, check_model_split
 from launch.preflight.small_copy import small_copy
 from tests.support.kinds import KINDS, config_of
 
+SETTINGS = loss_settings(SftOptions(smoothing=0.1), None)
 SPECIAL = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
 LARGE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30, "moe_intermediate_size": 1024}
 LARGE |= {"num_attention_heads": 32, "num_key_value_heads": 8, "num_experts": 64}
@@ -32,10 +34,19 @@ def model_of(kind: str, **values):
 def test_a_lost_gradient_fails_though_the_loss_is_right(monkeypatch):
     monkeypatch.setattr(model_split, "MOST_PARAMETERS", 0)
     section = {"autotp_size": 2, "vocab_parallel_lm_head": True, "partition_config": FORGETFUL}
-    check = check_model_split(model_of("qwen3_moe"), SftOptions(tp=2, smoothing=0.1), section)
+    check = check_model_split(model_of("qwen3_moe"), SftOptions(tp=2), section, SETTINGS)
     assert check.passed is False, check
     assert "a small copy of the architecture" in check.figure and "_norm.weight" in check.figure
     assert float(check.figure.split("loss ")[1].split(",")[0]) < 1e-6
+
+
+@pytest.mark.timeout(400)
+def test_adapters_are_split_with_their_layers():
+    """Fused, gathered and summed layers."""
+    section = {"autotp_size": 2, "vocab_parallel_lm_head": True}
+    check = check_model_split(model_of("phi3"), SftOptions(tp=2, model="base", lora_rank=4), section, SETTINGS)
+    assert check.passed, check
+    assert "the model itself" in check.figure and ".lora_" in check.figure
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,5 +72,5 @@ def test_what_cannot_be_tried_is_said():
     class Own(type(model_of("llama"))):
         pass
 
-    check = check_model_split(Own(config_of("llama", vocab_size=61, **SPECIAL)), SftOptions(tp=2), {})
+    check = check_model_split(Own(config_of("llama", vocab_size=61, **SPECIAL)), SftOptions(tp=2), {}, SETTINGS)
     assert check.passed is None and check.figure == "not tried: the model has code of its own"
