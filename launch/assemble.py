@@ -23,16 +23,18 @@ from launch.data.sampler import EpochSampler
 from launch.data.splits import Split, heldout_split, streamed_split, training_split
 from launch.data.streamed_rows import Share, StreamedRows
 from launch.model.adapters import with_adapter
+from launch.model.base_digest import base_digest
 from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
 from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
 from launch.model.tensor_parallel.apply import split_adapters, split_model
 from launch.process.device import uses_gpu
-from launch.process.ranks import say, world_size
+from launch.process.ranks import from_main, say, world_size
 from launch.process.rendezvous import rendezvous
 from launch.process.signals import StopOnSignal
 from launch.process.startup_errors import StartupErrors
 from launch.process.watchdog import Watchdog
+from launch.run.compare import same_base
 from launch.run.directory import Run
 from launch.training.engine import EngineReady, SamplerEpoch
 from launch.training.logging import MetricsFile, Progress, ResolvedDeepSpeed
@@ -157,6 +159,8 @@ def make_trainer(
     prior = smoothing_prior(options, data, tokenizer, model, run.path)
     section = args.hf_deepspeed_config.config.get("tensor_parallel", {})
     split = split_model(model, section) if options.tp > 1 else None
+    if options.lora_rank:
+        facts["base"] = from_main(lambda: same_base(run.checkpoint, base_digest(options.model)))
     model = with_adapter(model, options, args.seed)
     if split is not None and options.lora_rank:
         split_adapters(section, split)

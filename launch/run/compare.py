@@ -12,6 +12,7 @@ from launch.config.options import SftOptions
 from launch.data.sources.files import name_of
 from launch.process.ranks import say
 from launch.run import universal
+from launch.run.checkpoints import facts_of
 
 # Keys that may change from one start of a run to the next: what it shows and keeps, how far it goes, and how the same
 # computation is laid out over ranks (`check_facts` compares that).
@@ -118,3 +119,22 @@ def check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:
             "rows x accumulation x data-parallel ranks stay the same"
         )
     return universal.changes(before, facts)
+
+
+def same_base(checkpoint: Path | None, base: str) -> str:
+    """Return the digest of the model that adapters are trained beside, for the facts of the next checkpoints.
+
+    Raises `UserError` if the checkpoint's adapters were trained beside another.
+    """
+    before = None if checkpoint is None else facts_of(checkpoint).get("base")
+    if checkpoint is not None and before is None:
+        raise UserError(
+            f"{checkpoint} does not name its base: it was written by another version of this project; resume with "
+            "that version, or name another --output_dir"
+        )
+    if before not in (None, base):
+        raise UserError(
+            f"the weights or the configuration of --model differ from those that the adapter of {checkpoint} was "
+            "trained beside, and no checkpoint holds them; restore them, or start with a new --output_dir"
+        )
+    return base

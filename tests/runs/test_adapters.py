@@ -3,12 +3,13 @@
 One process, data parallel, tensor parallel, and both; ZeRO 0 to 3.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.small_run import flags, launch_many, metrics, write_data, write_model
@@ -168,5 +169,19 @@ def test_resume_is_exact(runs, name):
     (run / "checkpoint-4").rename(run / "set-aside")
     printed = launch_many(runs, RUNS[name][0], [arguments(runs, name)])
     assert "checkpoint-2" in printed
+    if name == "one-resumed":
+        _refuses_another_base(runs, run)
     after = adapter(run)
     assert after.keys() == before.keys() and all(torch.equal(after[key], weight) for key, weight in before.items())
+
+
+def _refuses_another_base(runs: Path, run: Path) -> None:
+    """Another model at the place of the one that the adapter was trained beside."""
+    held = runs / "model-untied" / "model.safetensors"
+    whole = held.read_bytes()
+    save_file({key: weight * 1.01 for key, weight in load_file(held).items()}, held, {"format": "pt"})
+    again = runs / "another-base"
+    shutil.copytree(run, again, ignore=shutil.ignore_patterns("model", "model-before", "set-aside", "checkpoint-4"))
+    printed = launch_many(runs, 1, [arguments(runs, "one-resumed", output_dir=again)], code=2)
+    assert "the weights or the configuration of --model differ" in printed and "Traceback" not in printed
+    held.write_bytes(whole)

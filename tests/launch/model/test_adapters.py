@@ -11,6 +11,7 @@ from launch.common.errors import UserError
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions, check_options
 from launch.model.adapters import targets_problem, with_adapter
+from launch.model.base_digest import base_digest
 from launch.model.load import load_model
 from smoothing import install_smoothed_loss
 
@@ -141,3 +142,26 @@ def test_an_adapter_is_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is an adapter, not a model; merge it into its base first"):
         load_model(options(model=str(tmp_path)), None, torch.float32, 0)
+
+
+def test_a_digest_is_of_configuration_and_weights_alone(tmp_path):
+    """Not of how the weights are divided into files, nor of the version that saved them."""
+    model, folder = llama(), tmp_path / "base"
+    model.save_pretrained(folder)
+    digest = base_digest(str(folder))
+    model.save_pretrained(tmp_path / "files", max_shard_size="20KB")
+    assert len(list((tmp_path / "files").glob("*.safetensors"))) > 3
+    assert base_digest(str(tmp_path / "files")) == digest
+    config = json.loads((folder / "config.json").read_text())
+    for more, same in (({"transformers_version": "4.0"}, True), ({"rms_norm_eps": 1e-3}, False)):
+        (folder / "config.json").write_text(json.dumps(config | more))
+        assert (base_digest(str(folder)) == digest) == same
+    for place in (0, -1):  # of any weight, first and last
+        for name, parameter in model.named_parameters():
+            if "layers.0" not in name:
+                with torch.no_grad():
+                    parameter.flatten()[place] += 1
+                model.save_pretrained(tmp_path / "other")
+                assert base_digest(str(tmp_path / "other")) != digest, name
+                with torch.no_grad():
+                    parameter.flatten()[place] -= 1

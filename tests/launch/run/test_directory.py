@@ -13,7 +13,7 @@ import yaml
 
 from launch.common.errors import UserError
 from launch.run import checkpoints
-from launch.run.compare import check_facts
+from launch.run.compare import check_facts, same_base
 from launch.run.directory import open_run
 from tests.support.processes import ROOT
 from tests.support.ranks import Ranks
@@ -22,9 +22,9 @@ RECIPE = {"learning_rate": 0.01, "data": "train.jsonl", "logging_steps": 1, "max
 FACTS = {"tp": 1, "data_parallel": 2, "zero": 1, "rows_a_step": 8, "data": "abc"}
 
 
-def write_checkpoint(run, step: int) -> None:
+def write_checkpoint(run, step: int, **facts) -> None:
     name = f"checkpoint-{step}"
-    with checkpoints.written_aside(run, name, FACTS) as aside:
+    with checkpoints.written_aside(run, name, FACTS | facts) as aside:
         (aside / name / "global_step").mkdir(parents=True)
         (aside / name / "latest").write_text("global_step")
         (aside / name / "global_step/mp_rank_00_model_states.pt").write_text("")
@@ -191,6 +191,15 @@ def test_the_checkpoint_of_an_adapter_is_for_its_own_layout(tmp_path):
     for other in (FACTS, facts | {"adapter": "LoRA of rank 8"}):
         with pytest.raises(UserError, match="a run with LoRA of rank 4 trained"):
             check_facts(tmp_path, facts, other)
+
+
+def test_an_adapter_is_resumed_beside_the_model_that_it_was_trained_beside(run):
+    write_checkpoint(run, 6, base="abc")
+    assert same_base(None, "abc") == same_base(run / "checkpoint-6", "abc") == "abc"
+    with pytest.raises(UserError, match="configuration of --model differ from those that the adapter of"):
+        same_base(run / "checkpoint-6", "xyz")
+    with pytest.raises(UserError, match="checkpoint-4 does not name its base: it was written by another version"):
+        same_base(run / "checkpoint-4", "abc")
 
 
 @pytest.mark.parametrize(("recipe", "facts", "words"), REFUSED.values(), ids=REFUSED)
