@@ -24,6 +24,7 @@ from launch.data.splits import Split, heldout_split, streamed_split, training_sp
 from launch.data.streamed_rows import Share, StreamedRows
 from launch.model.adapters import with_adapter
 from launch.model.base_digest import base_digest
+from launch.model.four_bit import check_four_bit
 from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
 from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
@@ -51,6 +52,7 @@ def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, S
     check_prior_file(options, values.get("output_dir"))
     options, config = deepspeed_config(options, values.get("deepspeed"), world_size())
     check_precision(values, config, options.tp)
+    check_four_bit(options, config["zero_optimization"]["stage"])
     note = accumulate_in_fp32(values, config)
     defaults = {"use_cpu": not uses_gpu(), "output_dir": str(RUNS)}
     try:

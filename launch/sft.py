@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         model = export(trainer, tokenizer, args.output_dir, options.smoothing, options.merge_adapter)
         say(f"model: {model}")
         adapter = options.lora_rank > 0 and not options.merge_adapter
-        say(next_steps(run.path, model, trainer.state.global_step, adapter))
+        say(next_steps(run.path, model, trainer.state.global_step, adapter, options.load_in_4bit))
     if not options.no_report:  # no rank waits any more
         report_at_the_end(run.path)
 

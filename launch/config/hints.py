@@ -68,8 +68,8 @@ MORE = {
     "tensorboard": "--report_to tensorboard",
 }
 NOT_OFFERED = {
-    "quantised training is not offered; --bf16 true, --lora_rank 16 and --zero 3 --offload save memory": "qlora "
-    "quantize load_in_4bit load_in_8bit quantization quantization_bit bnb_4bit_quant_type",
+    "only the base of adapters is quantised: --lora_rank 16 --load_in_4bit true; or try --zero 3 --offload": "qlora "
+    "quantize load_in_8bit quantization quantization_bit bnb_4bit_quant_type",
     "class weights are not offered: every label counts alike": "class_weight class_weights label_weights",
     "pipeline, context and expert parallelism are not offered; --tp and --zero share a model": "pp pp_size "
     "pipeline_parallel_size pipeline_model_parallel_size cp cp_size context_parallel_size ep ep_size",

@@ -103,6 +103,10 @@ class AdapterFlags:
         },
     )
     dora: bool = field(default=False, metadata={"help": "DoRA: also learn the length of each weight's rows."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep the linear layers of the frozen model in 4 bits (QLoRA): bitsandbytes, on a GPU."},
+    )
     merge_adapter: bool = field(
         default=False, metadata={"help": "Export a whole model, with what was learned added to its weights."}
     )
@@ -349,6 +353,11 @@ def _adapter_problem(options: SftOptions) -> str | None:
         return f"--lora_alpha must be at least 1, got {options.lora_alpha}"
     if not 0.0 <= options.lora_dropout < 1.0:
         return f"--lora_dropout must lie in [0, 1), got {options.lora_dropout}"
+    if options.load_in_4bit and options.merge_adapter:
+        return (
+            "--merge_adapter cannot be used with --load_in_4bit: the weights to add to are rounded to 4 bits; leave "
+            "it out, and merge the adapter into the model of --model with peft"
+        )
     if options.model_config:
         return "--lora_rank adapts a trained model, and that of --model_config has random weights; give --model"
     return None

@@ -36,7 +36,7 @@ def with_adapter(
     if not options.lora_rank:
         return model
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError:
         raise UserError("--lora_rank needs peft, which is not installed: pip install peft") from None
     if problem := targets_problem(model, options.lora_targets):
@@ -49,6 +49,8 @@ def with_adapter(
         target_modules=ALL_LINEAR if _all_linear(options.lora_targets) else options.lora_targets,
         use_dora=options.dora,
     )
+    if options.load_in_4bit:
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns that on
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)

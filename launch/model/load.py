@@ -20,6 +20,7 @@ from launch.data.tokenizer import check_model_path
 from launch.model.adapters import ADAPTER_CONFIG, adapter_as_model
 from launch.model.build import build_model
 from launch.model.checks import check_loaded, check_trainable
+from launch.model.four_bit import quantization
 from launch.model.tensor_parallel.problem import split_problem
 from launch.process.exit import has_one_line
 from smoothing.install import causal_lm, check_model
@@ -69,6 +70,7 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `check_loaded` names them
                 output_loading_info=True,
+                quantization_config=quantization(dtype) if options.load_in_4bit else None,
             )
     except StrictDataclassError as error:
         raise UserError(f"--model {options.model}: its config.json: {error_line(error)}") from None

@@ -16,6 +16,7 @@ from launch.config.training_arguments import SftTrainingArguments
 from launch.data.batches import PadToLongest
 from launch.data.load import load_data
 from launch.model.adapters import with_adapter
+from launch.model.four_bit import check_four_bit
 from launch.model.load import load_model
 from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
 from launch.model.tensor_parallel.apply import has_own_split
@@ -41,6 +42,7 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     options, config = deepspeed_config(options, training_values.get("deepspeed"), None)
     stage = config["zero_optimization"]["stage"]
     check_precision(training_values, config, options.tp)
+    check_four_bit(options, stage)
     bf16_gradients = bool(accumulate_in_fp32(training_values, config))
     device = torch.device("cuda" if uses_gpu() else "cpu")
     say(hardware(device))
@@ -92,12 +94,17 @@ def memory_rows(
     """The estimate for the full run, for one and for eight data-parallel ranks; without a `split` all is split."""
     whole = held_whole(model, split) if split is not None else []
     low_precision = bool(training_values.get("bf16") or training_values.get("fp16"))
+    # of a model in 4 bits as many values as take the same memory
+    sizes = {
+        id(p): p.numel() if p.is_floating_point() else p.nbytes // (2 if low_precision else 4)
+        for p in model.parameters()
+    }
     config = model.config.get_text_config()
     rows = micro_batch(training_values)
     checks = []
     for data_parallel in (1, 8):
         setup = Setup(
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=sum(sizes.values()),
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
             whole=sum(p.numel() for p in whole),
             whole_trained=sum(p.numel() for p in whole if p.requires_grad),

@@ -10,13 +10,18 @@ TRY_IT = (
     "from transformers import pipeline; "
     'print(pipeline("text-generation", {model})("YOUR PROMPT", max_new_tokens=60)[0]["generated_text"])'
 )
+MERGE_IT = (
+    "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
+    "AutoPeftModelForCausalLM.from_pretrained({model}).merge_and_unload().save_pretrained({merged}); "
+    "AutoTokenizer.from_pretrained({model}).save_pretrained({merged})"
+)
 
 
-def next_steps(run: Path, model: Path, steps: int, adapter: bool = False) -> str:
+def next_steps(run: Path, model: Path, steps: int, adapter: bool = False, four_bit: bool = False) -> str:
     """Return commands that try the model of this run, evaluate it on other rows or merge it, and train it further.
 
     A run without a checkpoint (--save_strategy no) is trained further from its model, with a new optimizer; its
-    adapter can only be tried.
+    adapter can only be tried. That of a base in 4 bits (`four_bit`) is merged by peft into the base as it was.
     """
     code = TRY_IT.format(model=json.dumps(str(model)))
     further = f"--resume_from_checkpoint {shlex.quote(str(run))} --max_steps {2 * steps}"
@@ -28,11 +33,14 @@ def next_steps(run: Path, model: Path, steps: int, adapter: bool = False) -> str
         f"  merge it:       mv {shlex.quote(str(model))} {shlex.quote(f'{model}-adapter')}; this command with",
         f"                  --output_dir {shlex.quote(str(run))} --merge_adapter true",
     ]
+    if four_bit:
+        merged = MERGE_IT.format(model=json.dumps(str(model)), merged=json.dumps(f"{model}-merged"))
+        merge = [f"  merge it:       python -c {shlex.quote(merged)}"]
     return "\n".join(
         [
             "next:",
             f"  try it:         python -c {shlex.quote(code)}",
-            *(evaluate if not adapter else merge if kept else []),
+            *(evaluate if not adapter else merge if kept or four_bit else []),
             *([f"  train further:  this command with {further}"] if kept or not adapter else []),
         ]
     )

@@ -121,7 +121,7 @@ def test_words_of_other_tools_lead_to_flags_that_exist():
         ("resume", "'resume_from_checkpoint'? (the same command with the same --output_dir resumes by itself)"),
         ("lora_r", "'lora_rank'?"),
         ("lora-r", "'lora_rank'?"),
-        ("qlora", "quantised training is not offered"),
+        ("qlora", "only the base of adapters is quantised: --lora_rank 16 --load_in_4bit true"),
         ("do_eval_only", "'eval_strategy'? (a run trains; "),
         ("epochs", "'num_train_epochs'?"),
         ("epoch", "'num_train_epochs'?"),

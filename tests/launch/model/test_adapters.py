@@ -12,6 +12,7 @@ from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions, check_options
 from launch.model.adapters import targets_problem, with_adapter
 from launch.model.base_digest import base_digest
+from launch.model.four_bit import check_four_bit
 from launch.model.load import load_model
 from smoothing import install_smoothed_loss
 
@@ -40,6 +41,8 @@ REFUSED = [
     ({"lora_alpha": 0}, "--lora_alpha must be at least 1, got 0"),
     ({"lora_dropout": 1.0}, r"--lora_dropout must lie in \[0, 1\), got 1.0"),
     ({"model": None, "model_config": {"model_type": "llama"}}, "has random weights; give --model"),
+    ({"load_in_4bit": True, "lora_rank": 0}, "--load_in_4bit goes with --lora_rank"),
+    ({"load_in_4bit": True, "merge_adapter": True}, "merge the adapter into the model of --model with peft"),
 ]
 
 
@@ -66,6 +69,20 @@ def test_what_ranks_would_train_otherwise_than_one_process(given, section, words
     with pytest.raises(UserError, match=words):
         deepspeed_config(options(**given), str(file), 2)
     assert deepspeed_config(options(tp=2), None, 2)[0].tp == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "stage", "words"),
+    [
+        ({"tp": 2}, 1, "cannot be used with --tp 2"),
+        ({}, 3, "cannot be used with --zero 3"),
+        ({}, 2, "needs bitsandbytes, which is not installed: pip install bitsandbytes|needs a GPU with CUDA"),
+    ],
+)
+def test_where_a_model_cannot_be_kept_in_4_bits(given, stage, words):
+    with pytest.raises(UserError, match=words):
+        check_four_bit(options(load_in_4bit=True, **given), stage)
+    check_four_bit(options(), stage)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.config import early
+from launch.config.options import SftOptions
 from launch.evaluation.options import parse
+from launch.model.adapters import with_adapter
 from launch.training import logging
 from launch.training.next_steps import next_steps
 from tests.support.small_run import write_data, write_model
@@ -40,6 +44,24 @@ def test_the_commands_work(tmp_path, capsys):
     words = command(next_steps(run, model, 300, adapter=True), "merge it")
     assert words[:3] == ["mv", f"{model}", f"{model}-adapter;"]
     assert "train further" not in next_steps(tmp_path, model, 300, adapter=True), "there is no checkpoint"
+
+
+def test_the_adapter_of_a_base_in_4_bits_is_merged_by_peft(tmp_path):
+    write_data(tmp_path)
+    path = write_model(tmp_path, tied=False)
+    base = AutoModelForCausalLM.from_pretrained(path)
+    adapted = with_adapter(base, SftOptions(model=str(path), lora_rank=2, lora_targets=["q_proj"]), 0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "it's")
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "it's")
+    text = next_steps(tmp_path, tmp_path / "it's", 300, adapter=True, four_bit=True)
+    exec(command(text, "merge it")[2], {})
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "it's-merged"), torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "it's-merged").eos_token_id is not None
 
 
 def test_a_run_without_a_checkpoint_is_trained_further_from_its_model(tmp_path):
