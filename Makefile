@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sanity check test kinds torture fuzz bench bench-gpu docs lint format clean
+.PHONY: help setup train sanity check test kinds torture fuzz bench bench-gpu study docs lint format clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -51,6 +51,10 @@ bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS),
 	-for peer in liger-kernel cut-cross-entropy quack-kernels; do pip install --quiet --constraint constraints.txt $$peer; done
 	python benchmarks/gpu.py $(ARGS)
 	python benchmarks/gpu_training.py $(TRAIN_ARGS)
+
+study: setup ## Does smoothing help? Fine-tune SmolLM2-135M with and without it, two hours on two cores (ARGS="--smoke")
+	pip install --quiet --constraint constraints.txt --editable '.[study]'
+	python -m benchmarks.study $(ARGS)
 
 docs: setup ## Write docs/api.md from the docstrings, and docs/tensor-parallelism.md from the splits
 	python -m docs.generate_api

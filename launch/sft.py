@@ -7,6 +7,7 @@ Fine-tunes a causal LM with a label-smoothed cross entropy whose vocabulary is s
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # The launcher puts launch/ first on the path, where its modules would shadow others of the same name.
@@ -28,6 +29,8 @@ from launch.common.library_patches import load_weights_only, skip_shared_memory_
 
 skip_shared_memory_op()
 load_weights_only()
+
+from transformers import TrainerCallback
 
 from launch.assemble import make_trainer, training_arguments
 from launch.common.atomic_files import write_whole
@@ -57,7 +60,8 @@ from launch.training.samples import write_samples
 from launch.training.trainer import SftTrainer
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """Run as the flags say. `callbacks`: of the Trainer, besides the run's own."""
     options, training_values = parse_options(argv)
     ensure_environment()
     say_log("smoothing")
@@ -81,6 +85,8 @@ def main(argv: list[str]) -> None:
     with Watchdog(options.stall_timeout) as watchdog:
         with StartupErrors(run.path) as starting:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting)
+            for callback in callbacks:
+                trainer.add_callback(callback)
             train(trainer, run)
         stop_generation(trainer.model, tokenizer, data.summary.stops)
         write_samples(trainer, tokenizer, data.heldout, options.samples)

@@ -43,11 +43,14 @@ def resamples(rows: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     return np.concatenate([np.ones((1, rows), dtype=draws.dtype), draws])
 
 
-def measure(tokens: Tokens, temperatures: tuple[float, ...], counts: np.ndarray | None = None) -> dict:
+def measure(tokens: Tokens, temperatures: tuple[float, ...]) -> dict:
     """Return each figure, and beside it as `NAME_interval` what 95 % of the resamples of rows lie in."""
-    rows = int(tokens.row.max()) + 1
-    counts = resamples(rows) if counts is None else counts
-    means = _Means(tokens.row, rows, counts)
+    return with_intervals(resampled(tokens, temperatures, resamples(int(tokens.row.max()) + 1)))
+
+
+def resampled(tokens: Tokens, temperatures: tuple[float, ...], counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each figure of every resample of the rows, `[B]`; `counts` as `resamples` makes them."""
+    means = _Means(tokens.row, counts.shape[1], counts)
     order = np.round(tokens.confidence, TIE_DIGITS)
     correct = mean_of_ties(order, tokens.correct)
     by_mass, by_width = equal_mass_bins(order), equal_width_bins(tokens.confidence)
@@ -55,7 +58,7 @@ def measure(tokens: Tokens, temperatures: tuple[float, ...], counts: np.ndarray 
     width_gap, width_share = _gaps(means, by_width, tokens.confidence, tokens.correct)
     accuracy, confidence = means(tokens.correct), means(tokens.confidence)
     nll = means(tokens.nll)
-    values = {
+    return {
         "nll": nll,
         "perplexity": np.exp(nll),
         "accuracy": accuracy,
@@ -69,10 +72,10 @@ def measure(tokens: Tokens, temperatures: tuple[float, ...], counts: np.ndarray 
         "aurc": aurc(order, tokens.correct, counts[:, tokens.row]),
         "temperature": fitted(np.stack([means(column) for column in tokens.nll_at.T], 1), temperatures),
     }
-    return _with_intervals(values)
 
 
-def _with_intervals(values: dict[str, np.ndarray]) -> dict:
+def with_intervals(values: dict[str, np.ndarray]) -> dict:
+    """Return the first of each figure's values, and as `NAME_interval` what 95 % of the others lie in."""
     figures: dict = {}
     for name, value in values.items():
         figures[name] = float(value[0])

@@ -41,6 +41,17 @@ class Evaluator:
         self.shard = VocabShard.of(self.head) if is_sharded(self.head) else None
         self.pad = PadToLongest(tokenizer.pad_token_id)
 
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, batch_size: int) -> "Evaluator":
+        """Return one of a model that is being trained, whole on each rank."""
+        evaluator = cls.__new__(cls)
+        evaluator.device, evaluator.tp, evaluator.batch_size = model.device, 1, batch_size
+        evaluator.model, evaluator._engine, evaluator.shard = model.eval(), None, None
+        evaluator.head = model.get_output_embeddings()
+        evaluator.vocab_size = evaluator.head.weight.shape[0]
+        evaluator.pad = PadToLongest(tokenizer.pad_token_id)
+        return evaluator
+
     def close(self) -> None:
         """Give the model's memory back."""
         if self._engine is not None:

