@@ -1,11 +1,12 @@
 """From a run's options to its `TrainingArguments` and its Trainer."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -131,8 +132,12 @@ def make_trainer(
     facts: dict,
     watchdog: Watchdog,
     starting: StartupErrors,
+    more: Sequence[TrainerCallback] = (),
 ) -> SftTrainer:
-    """Make a Trainer of the model; its loss is installed once DeepSpeed has sharded the model."""
+    """Make a Trainer of the model; its loss is installed once DeepSpeed has sharded the model.
+
+    `more`: callbacks besides the run's own.
+    """
     args.output_dir = str(run.path)
     if run.checkpoint is not None:
         args.eval_on_start = run.evaluation_owed
@@ -185,11 +190,17 @@ def make_trainer(
         sampler=sampler,
     )
     prior = None if prior is None else prior.to(args.device)
-    add_callbacks(trainer, options, starting, prior)
+    add_callbacks(trainer, options, starting, prior, more)
     return trainer
 
 
-def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErrors, prior: Tensor | None) -> None:
+def add_callbacks(
+    trainer: SftTrainer,
+    options: SftOptions,
+    starting: StartupErrors,
+    prior: Tensor | None,
+    more: Sequence[TrainerCallback] = (),
+) -> None:
     """Add all callbacks. The order of those before `milestones` does not matter; Trainer's own are the first."""
     for unused in (ProgressCallback, PrinterCallback):
         trainer.pop_callback(unused)
@@ -205,6 +216,7 @@ def add_callbacks(trainer: SftTrainer, options: SftOptions, starting: StartupErr
         *([SamplerEpoch(trainer.sampler)] if isinstance(trainer.sampler, EpochSampler) else []),
         *([PackedRowsApart(trainer)] if options.packing else []),
         *([StreamReport(rows, options)] if isinstance(rows := trainer.train_dataset, StreamedRows) else []),
+        *more,
         trainer.milestones,
     ]
     for callback in callbacks:

@@ -84,9 +84,7 @@ def main(argv: list[str], callbacks: Sequence[TrainerCallback] = ()) -> None:
     from_main(lambda: write_about(run.path, data, tokenizer, args.seed))
     with Watchdog(options.stall_timeout) as watchdog:
         with StartupErrors(run.path) as starting:
-            trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting)
-            for callback in callbacks:
-                trainer.add_callback(callback)
+            trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting, callbacks)
             train(trainer, run)
         stop_generation(trainer.model, tokenizer, data.summary.stops)
         write_samples(trainer, tokenizer, data.heldout, options.samples)

@@ -82,7 +82,16 @@ SMOKE = Design(
     rows=200,
     held_out=40,
     epochs=(1, 3),
-    flags=("--learning_rate", "1e-3", "--per_device_train_batch_size", "8", "--max_length", "128"),
+    flags=(
+        "--learning_rate",
+        "1e-3",
+        "--per_device_train_batch_size",
+        "8",
+        "--max_length",
+        "256",
+        "--max_dropped",
+        "0.5",
+    ),
 )
 
 

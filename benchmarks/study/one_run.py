@@ -9,11 +9,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from benchmarks.study.measured import Measured, measure
 from launch import sft
-from launch.common.paths import MODEL
+from launch.common.paths import MODEL, SMOOTHING_PRIOR
 from launch.config.command_line import parse_options
 from launch.process.exit import run_to_its_end
 
@@ -24,16 +25,18 @@ class HeldOut(TrainerCallback):
     def __init__(self, rows: str, folder: Path, epochs: list[int], options):
         self.rows, self.folder, self.epochs, self.options = rows, folder, epochs, options
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if 0 in self.epochs:
-            self.write(0, model, processing_class)
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.measure(0, Path(args.output_dir), **kwargs)
 
-    def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if round(state.epoch) in self.epochs:
-            self.write(round(state.epoch), model, processing_class)
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.measure(round(state.epoch), Path(args.output_dir), **kwargs)
 
-    def write(self, epoch: int, model, tokenizer) -> None:
-        measure(model, tokenizer, self.rows, self.options).write(self.folder / Measured.file(epoch))
+    def measure(self, epoch: int, run: Path, model=None, processing_class=None, **kwargs) -> None:
+        if epoch in self.epochs:
+            kept = run / SMOOTHING_PRIOR
+            prior = load_file(kept)["smoothing_prior"] if kept.exists() else None
+            measured = measure(model, processing_class, self.rows, self.options, prior)
+            measured.write(self.folder / Measured.file(epoch))
 
 
 def main(argv: list[str]) -> None:
