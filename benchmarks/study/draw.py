@@ -26,7 +26,9 @@ MARKS = {
 def draw(figures: dict, file: Path) -> None:
     """Draw a row of panels for each noise, arms side by side at each smoothing, with their intervals."""
     noises = sorted({arm["noise"] for arm in figures["arms"]})
-    figure, grid = plt.subplots(len(noises), len(PANELS), figsize=(15, 3.6 * len(noises)), squeeze=False)
+    figure, grid = plt.subplots(
+        len(noises), len(PANELS), figsize=(15, 3.6 * len(noises)), squeeze=False, sharey="col"
+    )
     for noise, axes in zip(noises, grid, strict=True):
         arms = [arm for arm in figures["arms"] if arm["noise"] == noise]
         for (key, title), axis in zip(PANELS.items(), axes, strict=True):
@@ -55,4 +57,5 @@ def _panel(axis, key: str, arms: list[dict], base: dict) -> None:
     if key == "confidence_minus_accuracy":
         axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_xticks(range(len(treatments)), treatments, fontsize=9)
+    axis.set_xlim(-0.5, len(treatments) - 0.5)
     axis.spines[["top", "right"]].set_visible(False)
