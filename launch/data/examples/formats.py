@@ -7,8 +7,10 @@ part (`unused_fields`) is named in the log.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from launch.common.errors import Reject
+from launch.common.messages import shortened
 from launch.data.examples.chat_messages import Message, learned_answers, messages
 from launch.data.examples.columns import Columns
 from launch.data.examples.kinds import ChatExample, Example, TextExample
@@ -20,6 +22,7 @@ from launch.data.examples.values import Fields, holds, optional_text, text, text
 from launch.data.records import Record
 from smoothing.core.options import DEFAULT_IGNORE_INDEX
 
+GOOD_LABELS, BAD_LABELS = (True, "true", "1"), (False, "false", "0")  # numbers are equal to these
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # Fields that change what a row means: a format that does not use one rejects the row.
 MEANINGFUL = (*FOR_THE_TEMPLATE, *SYSTEM, "history", "context", "weight", *MEDIA)
@@ -129,8 +132,7 @@ def _chat(fields: Fields, where: str, conversation: list[Message], learned: list
 
 def _prompt_completion(fields: Fields, where: str) -> TextExample | ChatExample:
     """Texts, or lists of messages; a text beside a list is its one message. Of a prompt nothing is learned."""
-    if fields.get("label") is False:
-        raise Reject("label is false: a completion that is marked as a bad one")
+    _check_label(fields.get("label"))
     if not any(isinstance(fields.get(name), list) for name in ("prompt", "completion")):
         for name in CHAT_FIELDS:
             if holds(fields.get(name)):
@@ -147,6 +149,20 @@ def _prompt_completion(fields: Fields, where: str) -> TextExample | ChatExample:
     if asked and asked[-1]["role"] == answered[0]["role"] == "assistant":
         raise Reject("the prompt ends with a message of the assistant, and the completion begins with one")
     return _chat(fields, where, [*asked, *answered], [False] * len(asked) + learned)
+
+
+def _check_label(label: Any) -> None:
+    """Raise Reject for a completion that is not to be learned, as KTO's data mark it."""
+    if not holds(label):
+        return
+    said = label.strip().lower() if isinstance(label, str) else label
+    if said in BAD_LABELS:
+        raise Reject("label is false: a completion that is marked as a bad one")
+    if said not in GOOD_LABELS:
+        raise Reject(
+            "label is neither true nor false: rename it if it is something else (--columns other=label)",
+            shortened(repr(label)),
+        )
 
 
 def _side(fields: Fields, name: str, role: str) -> list[Message]:

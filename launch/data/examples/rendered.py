@@ -27,17 +27,51 @@ class Rendered:
     notes: list[str] = field(default_factory=list)
 
 
-def check_tools(rendered: Rendered, example: ChatExample) -> None:
+def check_tools(rendered: Rendered, example: ChatExample, template: ChatTemplate) -> None:
     """Raise Reject for tools, or learned calls of them, that the template leaves out."""
     learned = "".join(rendered.text[start:end] for start, end in rendered.spans)
-    calls = [call for index in example.learned for call in example.messages[index].get("tool_calls") or []]
-    tools = example.template_kwargs.get("tools") or []
-    for what, listed, text in (("tool calls", calls, learned), ("tools", tools, rendered.text)):
-        functions = [tool.get("function", tool) for tool in listed if isinstance(tool, dict)]
-        names = Counter(function.get("name") for function in functions if isinstance(function, dict))
-        for name, count in names.items():
-            if isinstance(name, str) and text.count(name) < count:
-                raise Reject(f"the chat template does not write {what}", OTHER_TEMPLATE)
+    answers = [example.messages[index] for index in example.learned]
+    calls = _names([call for message in answers for call in message.get("tool_calls") or []])
+    words = "".join(message.get("content") or "" for message in answers)
+    for name in _missing(calls, learned, words, template):
+        if learned.count(name) < calls[name] or rendered.text == _under_another_name(name, example, template):
+            raise Reject("the chat template does not write tool calls", OTHER_TEMPLATE)
+    tools = _names(example.template_kwargs.get("tools") or [])
+    said = str([(message.get("content"), message.get("tool_calls")) for message in example.messages]) if tools else ""
+    if missing := _missing(tools, rendered.text, said, template):
+        without = {key: value for key, value in example.template_kwargs.items() if key != "tools"}
+        lost = any(rendered.text.count(name) < tools[name] for name in missing)
+        if lost or rendered.text == render_or_none(template.render, example.messages, without):
+            raise Reject("the chat template does not write tools", OTHER_TEMPLATE)
+
+
+def _names(tools: list[Any]) -> Counter[str]:
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return Counter(name for name in names if isinstance(name, str))
+
+
+def _missing(names: Counter[str], text: str, words: str, template: ChatTemplate) -> list[str]:
+    """Return the names that may not be written: those in a text may be words, or the template's own."""
+    return [
+        name for name, count in names.items() if text.count(name) < count + words.count(name) or template.reads(name)
+    ]
+
+
+def _under_another_name(name: str, example: ChatExample, template: ChatTemplate) -> str | None:
+    """Return the text of a conversation whose calls of one tool are calls of another."""
+
+    def renamed(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return call | {"function": function | {"name": OTHER_ANSWERS[0]}} if function["name"] == name else call
+
+    messages = [
+        message | {"tool_calls": [renamed(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in example.messages
+    ]
+    return render_or_none(template.render, messages, example.template_kwargs)
 
 
 def check_variables(example: ChatExample, template: ChatTemplate) -> None:

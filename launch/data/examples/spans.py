@@ -34,7 +34,7 @@ def render_with_spans(example: ChatExample, template: ChatTemplate) -> Rendered:
     else:
         rendered = _unmarked(example, template)
     rendered.spans = [_one_stop(rendered.text, span, template) for span in rendered.spans]
-    check_tools(rendered, example)
+    check_tools(rendered, example, template)
     check_variables(example, template)
     check_alone(rendered, example, template)
     rendered.notes += left_out(rendered.text, example, template)

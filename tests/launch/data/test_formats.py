@@ -74,6 +74,16 @@ RECOGNISED: dict[str, tuple[str, dict, Example]] = {
         {"prompt": "p", "completion": "c", "label": True},
         TextExample("p", "c", "f:1"),
     ),
+    "a completion that a table of text marks as a good one": (
+        "prompt/completion",
+        {"prompt": "p", "completion": "c", "label": "True"},
+        TextExample("p", "c", "f:1"),
+    ),
+    "a completion that is marked by number": (
+        "prompt/completion",
+        {"prompt": "p", "completion": "c", "label": 1},
+        TextExample("p", "c", "f:1"),
+    ),
     "messages": ("messages", {"messages": ASKED}, chat("uhi", "aho")),
     "messages as JSON text": ("messages", {"messages": json.dumps(ASKED)}, chat("uhi", "aho")),
     "messages as JSON text with nulls": (
@@ -212,6 +222,13 @@ REJECTED = {
     "a row's weight beside token ids": (LABELLED | {"weight": 0}, "'weight' changes"),
     "a mask without token ids": (QA | {"completion_mask": [0, 1]}, "'completion_mask' says which.*no input_ids"),
     "a bad completion": (PAIR | {"label": False}, "label is false"),
+    "a bad completion in a table of text": (PAIR | {"label": "False"}, "label is false"),
+    "a bad completion by number": (PAIR | {"label": 0}, "label is false"),
+    "a label of something else": (
+        PAIR | {"label": "sums"},
+        r"label is neither true nor false.*--columns other=label",
+    ),
+    "a label that is a list": (PAIR | {"label": [0]}, "label is neither true nor false"),
     "two system prompts": (QA | {"system": "a", "system_prompt": "b"}, "both system and system_prompt"),
     "system prompt and system message": (
         {"messages": turns("sa", "ub", "ac"), "system": "b"},

@@ -355,6 +355,35 @@ def test_marks_that_hold_a_second_stop_or_the_header():
     assert learned_texts(encode(chat(TURNS[:4]), tokenizer, 256), tokenizer) == ["Hello.<|im_end|>", "4<|im_end|>"]
 
 
+WRITES_CALLS = CHATML.replace(
+    "(m.content or '')", "(m.content or '') + ('<call>' + m.tool_calls[0].function.name if m.tool_calls else '')"
+)
+SOMETIMES = CHATML.replace("(m.content or '')", "(m.content or m.tool_calls[0].function.name)")
+WRITES_TOOLS = "{{ tools[0].function.name if tools and messages[0].role != 'system' }}" + CHATML
+
+
+@pytest.mark.parametrize("name", ["mul", "m"])  # a word of the answer, a letter of <|im_start|>
+def test_a_name_in_the_words_is_no_call_and_no_tool(name):
+    tools = [{"type": "function", "function": {"name": name}}]
+    asked = {"role": "user", "content": f"{name} 2 and 3"}
+    called = {"role": "assistant", "content": f"I {name} them.", "tool_calls": tools}
+    for template, writes in ((CHATML, False), (SOMETIMES, False), (WRITES_CALLS, True)):
+        example = ChatExample([asked, called], "f:1", (1,))
+        if writes:
+            tokenizer = byte_level("<|im_end|>", template=template)
+            texts = learned_texts(encode(example, tokenizer, 256), tokenizer)
+            assert texts == [f"I {name} them.<call>{name}<|im_end|>"]
+            continue
+        with pytest.raises(Reject, match="does not write tool calls"):
+            encode(example, byte_level("<|im_end|>", template=template), 256)
+    answer = {"role": "assistant", "content": "6"}
+    tokenizer = byte_level("<|im_end|>", template=WRITES_TOOLS)
+    encode(ChatExample([asked, answer], "f:1", (1,), {"tools": tools}), tokenizer, 256)
+    with pytest.raises(Reject, match="does not write tools"):
+        system = {"role": "system", "content": "Be kind."}
+        encode(ChatExample([system, asked, answer], "f:1", (2,), {"tools": tools}), tokenizer, 256)
+
+
 def test_what_a_template_leaves_out_is_refused_or_noted():
     tokenizer = byte_level("<|im_end|>")
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "mul"}}]}
