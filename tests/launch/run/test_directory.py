@@ -158,7 +158,7 @@ def test_a_recipe_of_a_version_with_fewer_flags_has_their_defaults(run, capsys):
 
 REFUSED = {
     "another rate": (RECIPE | {"learning_rate": 0.02}, FACTS, "learning_rate: 0.01 before, 0.02 now"),
-    "a key more": (RECIPE | {"z_loss": 0.1}, FACTS, "z_loss: None before, 0.1 now"),
+    "a key more": (RECIPE | {"weight_decay": 0.1}, FACTS, "weight_decay: None before, 0.1 now"),
     "a new flag that is set": (
         RECIPE | {"packing": True},
         FACTS,
