@@ -23,7 +23,7 @@ from launch.training.milestones import Milestones
 from launch.training.nonfinite import NonFiniteSteps, check_weights, not_finite
 from launch.training.token_meter import TokenMeter
 from launch.training.trainer_overrides import TrainerWithHooks
-from launch.training.warmup import warmup_problem
+from launch.training.warmup import rate_problem, warmup_problem
 from smoothing import TokenStats
 from smoothing.install import causal_lm
 
@@ -74,7 +74,10 @@ class SftTrainer(TrainerWithHooks):
         if self.lr_scheduler is None and (problem := warmup_problem(self.args, num_training_steps)):
             say(f"warning: {problem}")
         name_defaults(self.optimizer if optimizer is None else optimizer)
-        return super().create_scheduler(num_training_steps, optimizer)
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if problem := rate_problem(self.args, schedule, num_training_steps):
+            raise UserError(problem)
+        return schedule
 
     def count(self, stats: TokenStats) -> None:
         """Take the statistics of a forward; the installed loss calls this."""
