@@ -78,6 +78,10 @@ class ModelFlags:
     tokenizer_size: int = field(
         default=4000, metadata={"help": "Vocabulary of the SentencePiece tokenizer trained for --model_config."}
     )
+    resize_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Add rows to embedding and output head for tokens of the tokenizer that have none."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Let a hub model run code of its own."})
 
 
@@ -349,6 +353,8 @@ def _adapter_problem(options: SftOptions) -> str | None:
     if not options.lora_rank:
         given = [f.name for f in fields(AdapterFlags) if getattr(options, f.name) != f.default]
         return f"--{given[0]} goes with --lora_rank, which is not given" if given else None
+    if options.resize_embeddings:
+        return "--resize_embeddings cannot be used with --lora_rank: the rows that it adds would stay untrained"
     if options.lora_alpha is not None and options.lora_alpha < 1:
         return f"--lora_alpha must be at least 1, got {options.lora_alpha}"
     if not 0.0 <= options.lora_dropout < 1.0:

@@ -1,7 +1,7 @@
 """What is wrong with a model before it is trained: how it was loaded, and what its configuration allows."""
 
 import torch
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from launch.common.errors import UserError
 from launch.common.messages import counted, error_line, shortened
@@ -10,11 +10,10 @@ from launch.process.device import uses_gpu
 from launch.process.ranks import say
 
 
-def check_trainable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SftOptions) -> None:
-    """Raise `UserError` if the model looks ahead, or does not fit --max_length or the tokenizer."""
+def check_trainable(model: PreTrainedModel, options: SftOptions) -> None:
+    """Raise `UserError` if the model looks ahead, does not fit --max_length, or could not be saved."""
     _check_causal(model.config)
     _check_length(model.config, options.max_length)
-    _check_vocabulary(model.config, tokenizer)
     _check_generation(model)
     _check_attention(model)
 
@@ -73,22 +72,6 @@ def _positions(config: PreTrainedConfig) -> int | None:
         if isinstance(scaling, dict) and isinstance(factor := scaling.get("factor"), int | float):
             limit = max(limit, int(factor * (scaling.get("original_max_position_embeddings") or limit)))
     return limit
-
-
-def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    size = config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model a vocabulary of {size}; resize the model's "
-            "embeddings, or use the tokenizer that came with it"
-        )
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens with gaps in their ids: {token!r} has {largest}, and the "
-            f"model a vocabulary of {size}; resize the model's embeddings to {largest + 1}, or use the tokenizer "
-            "that came with it"
-        )
 
 
 def _check_generation(model: PreTrainedModel) -> None:

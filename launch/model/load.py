@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,7 +23,10 @@ from launch.model.build import build_model
 from launch.model.checks import check_loaded, check_trainable
 from launch.model.four_bit import quantization
 from launch.model.tensor_parallel.problem import split_problem
+from launch.model.two_matrices import untie
+from launch.model.vocabulary import fit_vocabulary
 from launch.process.exit import has_one_line
+from launch.process.ranks import say
 from smoothing.install import causal_lm, check_model
 
 
@@ -31,12 +35,13 @@ def load_model(
 ) -> PreTrainedModel:
     """Load or build the causal LM to train.
 
-    Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks, if it looks ahead or has fewer
-    positions than `--max_length`; and `UnsupportedModel` if `--head` does not support it, as `install_smoothed_loss`
-    would once training has begun.
+    Raises `UserError` if it cannot be loaded, built, or split over `--tp` ranks, if it looks ahead, has fewer
+    positions than `--max_length` or fewer rows than the tokenizer; and `UnsupportedModel` if `--head` does not
+    support it, as `install_smoothed_loss` would once training has begun.
     """
     model = _loaded(options, dtype) if options.model is not None else build_model(options, tokenizer, dtype, seed)
-    check_trainable(model, tokenizer, options)
+    check_trainable(model, options)
+    fit_vocabulary(model, tokenizer, options.resize_embeddings, seed)
     check_model(causal_lm(model), options.head)
     model.config.use_cache = False
     train_every_row(model)
@@ -59,13 +64,17 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     if (Path(options.model) / ADAPTER_CONFIG).exists():
         raise UserError(adapter_as_model(options.model))
     try:
+        code = {"trust_remote_code": options.trust_remote_code}
+        config = AutoConfig.from_pretrained(options.model, **code)
         if options.tp > 1:
-            _check_split(options)
+            _check_split(config, options)
+        note = untie(config, options.model, options.trust_remote_code)
         with without_tensor_parallel():
             model, found = AutoModelForCausalLM.from_pretrained(
                 options.model,
                 dtype=dtype,
-                trust_remote_code=options.trust_remote_code,
+                **code,
+                **({"config": config} if note else {}),
                 attn_implementation=options.attn_implementation,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # `check_loaded` names them
@@ -81,14 +90,14 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(adapter_as_model(options.model))
     check_loaded(options.model, found)
+    if note:
+        say(note)
     return model
 
 
-def _check_split(options: SftOptions) -> None:
+def _check_split(config: PreTrainedConfig, options: SftOptions) -> None:
     """Raise `UserError` if the model cannot be split over the ranks, before its weights are loaded."""
-    code = {"trust_remote_code": options.trust_remote_code}
-    config = AutoConfig.from_pretrained(options.model, **code)
     with weightless():
-        model = AutoModelForCausalLM.from_config(config, **code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
     if problem := split_problem(model, options.tp):
         raise UserError(problem)

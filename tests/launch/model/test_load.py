@@ -187,8 +187,8 @@ def test_the_attention_can_be_chosen(tokenizer, tmp_path):
                 load_model(SftOptions(**source, attn_implementation=attention), tokenizer, torch.float32, seed=0)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match="flash_attention_2 takes half precision alone; give --bf16 true"):
-        check_trainable(model, tokenizer, SftOptions())
-    check_trainable(model.bfloat16(), tokenizer, SftOptions())
+        check_trainable(model, SftOptions())
+    check_trainable(model.bfloat16(), SftOptions())
 
 
 def test_weights_that_have_no_place_are_said(tokenizer, tmp_path, capsys):
@@ -289,4 +289,69 @@ def test_a_vocabulary_with_gaps_is_told_before_the_first_step(tmp_path):
     assert len(loaded) <= size < 401
     with pytest.raises(UserError) as error:
         load_model(options, loaded, torch.float32, seed=0)
-    assert all(word in str(error.value) for word in (f"{first!r} has 401", f"a vocabulary of {size}", "to 402"))
+    rows = f"--resize_embeddings true adds the {402 - size} rows"
+    assert all(word in str(error.value) for word in (f"{first!r} has 401", f"a vocabulary of {size}", rows))
+    options.resize_embeddings = True
+    assert load_model(options, loaded, torch.float32, seed=0).config.vocab_size == 402
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("pad", ["</s>", "<new>"])
+def test_rows_are_added_for_tokens_of_a_larger_tokenizer(tmp_path, tokenizer, tied, pad):
+    """Padding may be a token that is learned, old or new; a model that has all rows stays as it is."""
+    given = copy.deepcopy(tokenizer)
+    options, _ = save(tmp_path, given, tie_word_embeddings=tied, pad_token_id=given.pad_token_id)
+    options.resize_embeddings = True
+    small = load_model(options, given, torch.float32, seed=0)
+    size = small.config.vocab_size
+    given.add_tokens(["<new>", "<other>"])
+    given.pad_token = pad
+    with pytest.raises(UserError, match="--resize_embeddings true adds the 2 rows"):
+        load_model(SftOptions(model=str(tmp_path)), given, torch.float32, seed=0)
+    model, again = (load_model(options, given, torch.float32, seed=0) for _ in range(2))
+    assert model.config.vocab_size == model.lm_head.out_features == size + 2
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    for one, other, old in zip(model.parameters(), again.parameters(), small.parameters(), strict=True):
+        assert torch.equal(one, other) and torch.equal(one[: len(old)], old)
+        if len(one) > len(old):
+            near = old.mean(0).expand(2, -1)
+            torch.testing.assert_close(one[len(old) :], near, rtol=0, atol=1e-4)
+    new = given.convert_tokens_to_ids(["<new>", "<other>", "</s>"])
+    ids = torch.tensor([[5, *new]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert (model.get_input_embeddings().weight.grad[new[:2]].abs().sum(1) > 0).all()
+
+
+def two_matrices(folder, tokenizer, equal: bool = False):
+    options, _ = save(folder, tokenizer, tie_word_embeddings=False)
+    if equal:
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return options
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_matrices_are_not_tied_whatever_the_configuration_says(tmp_path, tokenizer, capsys, sharded):
+    options = two_matrices(tmp_path, tokenizer)
+    if sharded:
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        loaded.config.tie_word_embeddings = False
+        loaded.save_pretrained(tmp_path, max_shard_size="10KB")
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        assert (tmp_path / "model.safetensors.index.json").exists()
+    model = load_model(options, tokenizer, torch.float32, seed=0)
+    assert not model.config.tie_word_embeddings and not torch.equal(
+        model.lm_head.weight, model.get_input_embeddings().weight
+    )
+    assert "holds two matrices, lm_head.weight and model.embed_tokens.weight" in capsys.readouterr().out
+
+
+def test_one_matrix_that_is_stored_twice_stays_tied(tmp_path, tokenizer, capsys):
+    model = load_model(two_matrices(tmp_path, tokenizer, equal=True), tokenizer, torch.float32, seed=0)
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight
+    assert "two matrices" not in capsys.readouterr().out
