@@ -5,25 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from deepspeed.module_inject.layers import GatherReplacedLayerParams
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-
-from launch.training.trainer import SftTrainer
-
-
-def gathered(trainer: SftTrainer, with_frozen: bool) -> Mapping[str, Tensor]:
-    """Return the adapters' weights by name, or all weights; whole on rank 0. All ranks must call this."""
-    if with_frozen:
-        return trainer.accelerator.get_state_dict(trainer.deepspeed) or {}
-    if trainer.deepspeed.zero_optimization_stage() == 3:
-        return trainer.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
-    weights: dict[str, Tensor] = {}
-    for prefix, module in trainer.model.named_modules():
-        own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-        with GatherReplacedLayerParams(list(own.values()), module):  # of all tensor-parallel ranks, if it is split
-            weights |= {f"{prefix}.{name}": p.detach().cpu() for name, p in own.items()}
-    return weights
 
 
 def check_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from launch.model.adapters import PEFT_PREFIX, is_adapted
 from launch.process.ranks import from_main
 from launch.run.checkpoints import flush
 from launch.training.nonfinite import check_weights
+from launch.training.trained_weights import trained_weights
 from launch.training.trainer import SftTrainer
 from smoothing.install import causal_lm
 
@@ -36,7 +37,8 @@ def export(
     if adapted:
         from launch.training import adapter_weights  # needs peft
 
-        weights = adapter_weights.gathered(trainer, with_frozen=merge)
+    if adapted and not merge:
+        weights = trained_weights(trainer.deepspeed)
     else:
         weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from launch.model.adapters import is_adapted
+from launch.training.trained_weights import trained_weights
+
 
 class TrainerWithHooks(Trainer):
     """A Trainer with a sampler of its own, checkpoints written elsewhere first, and a look at the best one."""
@@ -37,6 +40,16 @@ class TrainerWithHooks(Trainer):
         evaluations. Test: `test_trainers_sampler_draws_from_the_global_generator`.
         """
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write an adapter without gathering, or copying, the frozen model to the first rank.
+
+        Trainer leaves that out under ZeRO 3 alone. Upstream: none found. Test: `test_trainer_gathers_frozen_weights`.
+        """
+        if is_adapted(self.model):
+            self._save(output_dir, state_dict=trained_weights(self.deepspeed))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write into another directory than the run's, under `checkpoint_aside`.

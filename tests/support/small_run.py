@@ -23,13 +23,20 @@ def flags(values: dict) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def launch_many(folder: Path, ranks: int, todo: list[list[str]], code: int = 0, file_bytes: int | None = None) -> str:
+def launch_many(
+    folder: Path,
+    ranks: int,
+    todo: list[list[str]],
+    code: int = 0,
+    file_bytes: int | None = None,
+    before: str = "",
+) -> str:
     """Run `launch/sft.py`'s main for each argument list, in one set of forked ranks; what they printed.
 
-    `file_bytes`: no file may grow larger, which fails as a full disk does.
+    `file_bytes`: no file may grow larger, which fails as a full disk does. `before`: Python that all ranks run first.
     """
     log = folder / f"launched-{next(_STARTS)}.log"
-    runs = ForkedRuns(ranks, todo, log, file_bytes=file_bytes)
+    runs = ForkedRuns(ranks, todo, log, file_bytes=file_bytes, before=before)
     try:
         runs.wait(LIMIT_SECONDS)
     finally:

@@ -208,6 +208,10 @@ def test_trainer_loads_the_best_checkpoint_unchecked():
     assert not re.search("sha256|digest|checksum", inspect.getsource(Trainer._load_best_model))
 
 
+def test_trainer_gathers_frozen_weights():
+    assert "_is_peft_model(self.model) and zero3_sharding" in inspect.getsource(Trainer.save_model)
+
+
 def test_trainer_still_has_what_is_overridden():
     overridden = [name for name in vars(TrainerWithHooks) if name.startswith("_") and not name.startswith("__")]
     assert sorted(overridden) == ["_get_output_dir", "_get_train_sampler", "_load_best_model", "_save_checkpoint"]
