@@ -7,25 +7,25 @@ Legend: N labelled tokens, V vocabulary, R ranks that share it, S = ⌈V/R⌉ ro
 from dataclasses import dataclass
 from math import ceil
 
-from smoothing.linear.chunks import chunk_length, default_chunk_bytes
+from smoothing.linear.chunks import bf16_groups, chunk_length, default_chunk_bytes
 
 FP32 = 4
 HEADER_BYTES = 72
 STATISTICS_BYTES = 12  # a token: maximum, sum of exponentials, label's logit
-# Read and written for each element of a chunk of logits between the products, where these run in bf16: a product
-# writes 4, the statistics' kernel reads 4, the gradient's reads 4 and writes 2.
-DEVICE_TILE_BYTES = 14
+BF16 = 2
+# Read and written for each logit between the products, where these run in bf16: a product writes 2, the statistics'
+# kernel reads 2, the gradient's reads 2 and writes 2.
+DEVICE_TILE_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """One loss call on one of R ranks. `weight_bytes`: of an element of the weight and of its gradient."""
+    """One loss call on one of R ranks, in fp32; on a device in bf16."""
 
     tokens: int
     vocab: int
     hidden: int
     ranks: int = 1
-    weight_bytes: int = FP32
     device: bool = False
 
     @property
@@ -33,14 +33,22 @@ class Sizes:
         return ceil(self.vocab / self.ranks)
 
     @property
+    def groups(self) -> list[list[slice]]:
+        """On a device: the pieces of each group, whose logits exist at a time."""
+        return bf16_groups(self.tokens, self.shard, self.hidden, True, self.ranks > 1, None)
+
+    @property
     def chunk_tokens(self) -> int:
-        """Tokens whose logits exist at a time: what fits the budget, shared by the buffers in use."""
-        budget = default_chunk_bytes(self.shard * self.hidden * FP32, self.device)
-        return min(self.tokens, chunk_length(self.tokens, max(1, budget // (self._tile_bytes * self.shard))))
+        """Tokens whose logits exist at a time: what fits the budget."""
+        if self.device:
+            return max(group[-1].stop - group[0].start for group in self.groups)
+        budget = default_chunk_bytes(self.shard * self.hidden * FP32, False)
+        return min(self.tokens, chunk_length(self.tokens, max(1, budget // (FP32 * self.shard))))
 
     @property
     def chunks(self) -> int:
-        return ceil(self.tokens / self.chunk_tokens)
+        """How often statistics and a part of the hidden gradient travel."""
+        return sum(map(len, self.groups)) if self.device else ceil(self.tokens / self.chunk_tokens)
 
     @property
     def operations(self) -> int:
@@ -54,16 +62,23 @@ class Sizes:
 
     @property
     def peak_bytes(self) -> int:
-        """Over the inputs: both gradients in fp32 and chunks of logits; or, when those are gone, what is rounded."""
+        """Over the inputs: both gradients in fp32 and a chunk of logits.
+
+        On a device hidden states in bf16 and their gradient in fp32, a group's logits, and the weight's gradient, in
+        fp32 if there are several groups; or, when the logits are gone, the gradients as they are returned.
+        """
         weight, hidden = self.hidden * self.shard, self.hidden * self.tokens
-        chunk = self._tile_bytes * self.chunk_tokens * self.shard
-        rounded = self.weight_bytes * (weight + hidden) if self.weight_bytes != FP32 else 0
-        return max(FP32 * (weight + hidden) + chunk, FP32 * weight + rounded)
+        if not self.device:
+            return FP32 * (weight + hidden) + FP32 * self.chunk_tokens * self.shard
+        sum_bytes = FP32 * weight if len(self.groups) > 1 else 0
+        logits = BF16 * self.chunk_tokens * self.shard
+        result = BF16 * weight
+        return max((BF16 + FP32) * hidden + logits + (sum_bytes or result), sum_bytes + result + BF16 * hidden)
 
     @property
     def sum_bytes(self) -> int:
-        """On a device, what each chunk reads and writes of the sum of the weight's gradient."""
-        return 2 * FP32 * self.shard * self.hidden * self.chunks if self.device else 0
+        """On a device, what groups read and write of a sum of the weight's gradient beside one product's result."""
+        return 2 * FP32 * self.shard * self.hidden * (len(self.groups) - 1) if self.device else 0
 
     @property
     def messages(self) -> int:
@@ -78,7 +93,8 @@ class Sizes:
     @property
     def reduced_bytes(self) -> int:
         """Bytes that this rank passes to all-reduces: the mean row, and the hidden states' gradient."""
-        return FP32 * (self.hidden + 1 + self.tokens * self.hidden) if self.ranks > 1 else 0
+        row = self.hidden if self.device else self.hidden + 1
+        return FP32 * (row + self.tokens * self.hidden) if self.ranks > 1 else 0
 
     @property
     def wire_bytes(self) -> float:
@@ -92,11 +108,6 @@ class Sizes:
         others = self.ranks - 1
         logits, gradient = FP32 * self.tokens * self.shard, FP32 * self.tokens * self.hidden
         return others * logits + 2 * others / self.ranks * gradient
-
-    @property
-    def _tile_bytes(self) -> int:
-        """Of one logit of a chunk. Where a device's ranks wait for one another, the next chunk's logits are made."""
-        return FP32 * (2 if self.device and self.ranks > 1 else 1)
 
 
 @dataclass(frozen=True)

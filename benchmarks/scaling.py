@@ -115,7 +115,7 @@ def plan() -> str:
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for ranks in (1, 2, 4, 8, 16, 32, 64):
-            sizes = Sizes(PLAN_TOKENS, vocab, hidden, ranks, weight_bytes=2, device=True)
+            sizes = Sizes(PLAN_TOKENS, vocab, hidden, ranks, device=True)
             wire = ASSUMED["wire" if ranks <= 8 else "wire_across_nodes"]
             tile = ASSUMED["memory"] / DEVICE_TILE_BYTES
             machine = Machine(ASSUMED["operations"], tile, wire, ASSUMED["latency"], ASSUMED["memory"])

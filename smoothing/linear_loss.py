@@ -3,13 +3,15 @@
 Legend: T tokens, N of them labelled, S rows of this rank's weight (padding included), H hidden.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smoothing.core import agreement
+from smoothing.core.agreement import Handshake
 from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
 from smoothing.core.dtensor import local_head
@@ -20,6 +22,7 @@ from smoothing.core.statistics import Combined, token_loss
 from smoothing.kernels.dispatch import backend_for
 from smoothing.linear import loop
 from smoothing.linear.accumulator import GradientAccumulator, Wanted
+from smoothing.linear.choice import runs_in_bf16
 from smoothing.linear.chunks import chunk_bytes_problem
 from smoothing.linear.head import LinearHead
 from smoothing.linear.labelled_tokens import LabelledTokens
@@ -44,14 +47,16 @@ def vocab_parallel_linear_cross_entropy(
     return_stats: bool = False,
     chunk_bytes: int | None = None,
     label_tokens: int | None = None,
+    fp32_logits: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Compute `vocab_parallel_cross_entropy(hidden @ weight.T + bias, ...)` without making the logits.
 
         loss = lse(z) - (1-ε)·z_y - ε·(h·w̄ + b̄) + z_loss·lse(z)²,     w̄ = Σ_v u_v W_v,  b̄ = Σ_v u_v b_v
 
     Tokens with a label go through the head in chunks. Under autocast it computes in autocast's dtype, as `F.linear`
-    does; matrix products accumulate in fp32. Each rank ends with the whole gradient of `hidden` (the ranks' parts are
-    summed here) and that of its own rows of `weight` and `bias`.
+    does; matrix products accumulate in fp32. In bf16 on a device logits are rounded to bf16, as `F.linear` rounds
+    them, and smoothing rides in the product of the weight's gradient, ε·u rounded to bf16. Each rank ends with the
+    whole gradient of `hidden` (the ranks' parts are summed here) and that of its own rows of `weight` and `bias`.
 
     With a scalar reduction the gradients are computed along with the loss: three matrix products in all, two if
     `weight` or `hidden` is frozen, one without grad. `reduction="none"` computes the logits anew in backward: four.
@@ -77,9 +82,11 @@ def vocab_parallel_linear_cross_entropy(
             Hidden states and bias are, once, in their dtype.
         return_stats: also return per-token statistics.
         chunk_bytes: what the logits of a chunk may take (at least one token goes in); None: a quarter of the weight's
-            size in fp32, or 16 MiB; on a device half of it, or 256 MiB.
+            size in fp32, or 16 MiB; on a device half of it, or 256 MiB. There a bf16 weight's head takes all tokens
+            at once where their logits in bf16 take no more than the weight would in fp32 (2·H labels on one rank).
         label_tokens: how many tokens have a label; on a device the host then need not wait for their count. A wrong
             number raises as a wrong target does.
+        fp32_logits: keep the logits in fp32 on a device: 2 to 10 times closer in the gradient, and slower.
 
     Returns:
         The loss, `[]` or `[...]`, fp32 (fp64 for fp64 inputs); with `return_stats`, `(loss, TokenStats)`.
@@ -92,8 +99,9 @@ def vocab_parallel_linear_cross_entropy(
 
     Collectives:
         For C chunks of n tokens: one all-gather of 72 bytes; with smoothing, but no softcap, one all-reduce of H+1
-        numbers; C all-gathers of 12·n bytes (with a softcap or probabilities 4·n more each) and, if `hidden` needs a
-        gradient, C all-reduces of n·H numbers (in backward with `reduction="none"`).
+        numbers (H in bf16 on a device, where two chunks are in memory at a time); C all-gathers of 12·n bytes (with a
+        softcap or probabilities 4·n more each) and, if `hidden` needs a gradient, C all-reduces of n·H numbers (in
+        backward with `reduction="none"`).
 
         On a device the host waits once, to count the labelled tokens, unless `label_tokens` is passed; and once more
         the first time that several ranks use a shard. Not while a CUDA graph is captured on one rank, whose replays
@@ -115,6 +123,7 @@ def vocab_parallel_linear_cross_entropy(
             num_items_in_batch,
             chunk_bytes,
             label_tokens,
+            fp32_logits,
             return_stats,
         )
     except Exception as error:  # whatever it is, the other ranks must learn of it
@@ -138,6 +147,7 @@ def _checked(
     num_items_in_batch: Any,
     chunk_bytes: Any,
     label_tokens: Any,
+    fp32_logits: Any,
     return_stats: Any,
 ) -> "_Job":
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
@@ -157,19 +167,21 @@ def _checked(
     grad = torch.is_grad_enabled()
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
-    labelled = LabelledTokens.of(leading, flat_T, options.ignore_index, label_tokens)
     statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     call = LossCall(
-        target=labelled.select(flat_T),
+        target=flat_T,
         shard=shard,
         options=options,
         prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
         statistics_dtype=statistics_dtype,
         input_dtype=dtype,
         batch_checksum=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
-        alike=("linear", hidden.shape[-1], bias is None, wanted, chunk_bytes),
+        alike=("linear", hidden.shape[-1], bias is None, weight.dtype, wanted, chunk_bytes, bool(fp32_logits)),
     )
-    return _Job(call, labelled, wanted, num_items_in_batch, chunk_bytes, return_stats)
+    in_bf16 = runs_in_bf16(call, bias, fp32_logits)
+    labelled = LabelledTokens.of(leading, flat_T, options.ignore_index, label_tokens, by_kernel=in_bf16)
+    call = replace(call, target=labelled.select(flat_T) if labelled.labels_N is None else labelled.labels_N)
+    return _Job(call, labelled, wanted, num_items_in_batch, chunk_bytes, in_bf16 and call.tokens > 0, return_stats)
 
 
 @dataclass(frozen=True)
@@ -181,6 +193,7 @@ class _Job:
     wanted: Wanted
     num_items_in_batch: int | Tensor | None
     chunk_bytes: int | None
+    in_bf16: bool
     return_stats: bool
 
     def run(self, *tensors: Any) -> Any:
@@ -200,7 +213,9 @@ class _Job:
 
     def forward(self, *tensors: Any, with_gradients: bool = False) -> "_Outcome":
         """Compute loss and statistics; of a scalar loss, the gradients' sums too if wanted."""
-        end_handshake = self.call.start_handshake()
+        end_handshake = self.call.start_handshake(labels_checked=self.in_bf16)
+        if self.in_bf16:
+            return self._forward_in_bf16(end_handshake, tensors, with_gradients)
         head, options = self.head(*tensors), self.call.options
         divisor = accumulator = None
         if options.reduction != "none":
@@ -211,18 +226,49 @@ class _Job:
         loss_N = token_loss(result.combined, options.label_smoothing, options.z_loss)
         if self.labelled.masked:
             loss_N = loss_N.masked_fill(~self.call.valid_T, 0.0)
-        leading = self.labelled.leading
-        loss = self.labelled.scatter(loss_N, leading) if divisor is None else loss_N.sum() / divisor
-        stats: tuple[Tensor | None, ...] = ()
-        if self.return_stats:
-            compact = self.call.token_stats(result.combined, loss_N.shape)
-            stats = tuple(None if x is None else self.labelled.scatter(x, leading) for x in compact)
+        loss = self.labelled.scatter(loss_N, self.labelled.leading) if divisor is None else loss_N.sum() / divisor
         sums = [] if accumulator is None else accumulator.finish(result.mean_row_H, options.label_smoothing)
-        return _Outcome(loss, stats, result, sums)
+        return _Outcome(loss, self._stats(result), result, sums)
+
+    def _forward_in_bf16(
+        self, end_handshake: Callable[[], Handshake], tensors: Sequence[Any], with_gradients: bool
+    ) -> "_Outcome":
+        """Compute loss and statistics; of a scalar loss, the finished gradients too if wanted."""
+        from smoothing.kernels import triton_ops
+        from smoothing.linear import bf16_loop
+
+        call, labelled, items = self.call, self.labelled, self.num_items_in_batch
+        if items is None and call.options.reduction == "mean":
+            items = call.valid_T.sum() if labelled.masked else call.tokens
+        scalar = call.options.reduction != "none"
+        result, losses, gradients = bf16_loop.forward(
+            self.bf16_head(tensors), end_handshake, items, with_gradients and scalar
+        )
+        expected = None if labelled.masked else call.tokens
+        loss, _ = triton_ops.sum_up(losses, call, items, expected, labelled.found)
+        if not scalar:
+            loss = labelled.scatter(losses.loss_T, labelled.leading)
+        return _Outcome(loss, self._stats(result), result, gradients)
+
+    def _stats(self, result: loop.Result) -> tuple[Tensor | None, ...]:
+        if not self.return_stats:
+            return ()
+        compact = self.call.token_stats(result.combined, result.combined.maximum.shape)
+        return tuple(None if x is None else self.labelled.scatter(x, self.labelled.leading) for x in compact)
+
+    def bf16_head(self, tensors: Sequence[Any]) -> Any:
+        from smoothing.linear.bf16_loop import Bf16Head
+
+        hidden_TH, weight_SH, _ = tensors
+        return Bf16Head.of(self.call, self.labelled, hidden_TH, weight_SH, self.wanted, self.chunk_bytes)
 
     def backward(self, result: loop.Result, upstream: Tensor, *tensors: Any) -> list[Tensor | None]:
-        """Compute the gradients' sums of one loss a token, with the logits computed anew."""
+        """Compute the gradients' sums of one loss a token, with the logits computed anew; in bf16, the gradients."""
         weight_N = self.labelled.select(upstream.reshape(-1).to(self.call.statistics_dtype))
+        if self.in_bf16:
+            from smoothing.linear import bf16_loop
+
+            return bf16_loop.backward(self.bf16_head(tensors), result, weight_N)
         head = self.head(*tensors)
         accumulator = self.accumulator(head, weight_N)
         loop.backward(head, result, accumulator)
@@ -239,7 +285,7 @@ class _Outcome:
     loss: Tensor
     stats: tuple[Tensor | None, ...]
     result: loop.Result
-    sums: list[Tensor | None]
+    sums: list[Tensor | None]  # of the gradients; finished in bf16
 
 
 class _ScalarLoss(torch.autograd.Function):
@@ -254,7 +300,7 @@ class _ScalarLoss(torch.autograd.Function):
         ctx.gradients = []
         for index, given in enumerate(inputs):
             total, outcome.sums[index] = outcome.sums[index], None  # one sum at a time beside its rounded copy
-            if total is not None and given is not None:
+            if total is not None and given is not None and not job.in_bf16:
                 # fp16 must wait for the upstream gradient: that is where loss scaling comes in
                 early = total.dtype if given.dtype == torch.float16 else given.dtype
                 total = job.labelled.scatter(total, given.shape, early) if index == 0 else total.to(early)
@@ -274,9 +320,7 @@ class _ScalarLoss(torch.autograd.Function):
                 "'sum' its gradients are made with the loss and handed over once. Call it again, or use "
                 "reduction='none'."
             )
-        for gradient in gradients:
-            if gradient is not None:
-                ctx.scale(gradient, upstream)
+        ctx.scale([gradient for gradient in gradients if gradient is not None], upstream)
         cast = (None if grad is None else grad.to(dt) for grad, dt in zip(gradients, ctx.dtypes, strict=True))
         return *cast, None, None, None, None  # nothing for anchors and job
 
@@ -302,7 +346,7 @@ class _TokenLosses(torch.autograd.Function):
         inputs, (_target, _prior, mean_row_H, *combined) = saved[:3], saved[3:]  # the call has target and prior
         result = loop.Result(Combined(*combined), mean_row_H, ctx.handshake)
         grad_hidden, grad_weight, grad_bias = job.backward(result, upstream, *inputs)
-        if grad_hidden is not None:
+        if grad_hidden is not None and not job.in_bf16:
             grad_hidden = job.labelled.scatter(grad_hidden, inputs[0].shape, inputs[0].dtype)
         rest = zip((grad_weight, grad_bias), inputs[1:], strict=True)
         return grad_hidden, *(None if grad is None else grad.to(given.dtype) for grad, given in rest), None

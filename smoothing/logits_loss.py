@@ -146,17 +146,16 @@ class _LogitsLoss(torch.autograd.Function):
         return_stats: bool,
     ) -> tuple[Tensor | None, ...]:
         backend = backend_for(logits_TS.device, call)
-        own = backend.statistics(logits_TS, call.target, call)
-        combined, scale_T, loss_T = backend.combine(*call.gather(own), call.target, call)
-        assert loss_T is not None, "known with Σ u_v z_v"
-        ctx.call, ctx.inplace_backward = call, inplace_backward
-        ctx.divisor = None if call.options.reduction == "none" else call.divisor(num_items_in_batch)
-        loss = loss_T if ctx.divisor is None else loss_T.sum() / ctx.divisor
+        own_FT = backend.statistics(logits_TS, call.target, call)
+        combined, scale_T, losses = backend.combine(*call.gather(own_FT, backend.checks_labels), call.target, call)
+        assert losses is not None, "known with Σ u_v z_v"
+        ctx.call, ctx.inplace_backward, ctx.backend = call, inplace_backward, backend
+        loss, ctx.divisor = backend.reduce(losses, call, num_items_in_batch)
         # target and prior are saved only so that changing them is noticed
         ctx.save_for_backward(logits_TS, combined.maximum, scale_T, call.target, call.prior)
         if not return_stats:
             return (loss,)
-        stats = call.token_stats(combined, loss_T.shape)
+        stats = call.token_stats(combined, losses.loss_T.shape)
         ctx.mark_non_differentiable(*(x for x in stats if x is not None))
         return loss, *stats
 
@@ -165,8 +164,7 @@ class _LogitsLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         logits_TS, maximum_T, scale_T, *_ = ctx.saved_tensors
         call = ctx.call
-        weight_T = upstream if ctx.divisor is None else (upstream / ctx.divisor).expand(call.tokens)
         out_TS = logits_TS.detach() if ctx.inplace_backward else torch.empty_like(logits_TS)
-        compute = backend_for(logits_TS.device, call).gradient
-        gradient = compute(logits_TS, call.target, call, maximum_T, scale_T, weight_T, out_TS)
+        numbers = (maximum_T, scale_T, upstream)
+        gradient = ctx.backend.gradient(logits_TS, call.target, call, *numbers, out_TS, divisor=ctx.divisor)
         return gradient, None, None, None, None

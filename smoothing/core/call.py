@@ -13,7 +13,7 @@ from torch import Tensor
 from smoothing.core import agreement
 from smoothing.core.agreement import OFFSET, Handshake, Header
 from smoothing.core.options import LossOptions
-from smoothing.core.statistics import Combined, ShardStatistics
+from smoothing.core.statistics import Combined
 from smoothing.shard import VocabShard
 
 HEADERS_KEPT = 64
@@ -80,24 +80,27 @@ class LossCall:
             lse_gradient_T = lse_gradient_T + 2 * z_loss * (combined.maximum + combined.log_sum_exp)
         return lse_gradient_T * (-combined.log_sum_exp).exp()
 
-    def start_handshake(self) -> Callable[[], Handshake]:
+    def start_handshake(self, labels_checked: bool = False) -> Callable[[], Handshake]:
         """Begin to find out whether all ranks can compute this loss; calling what is returned ends the handshake.
 
         Collectives: those of `agreement.start_handshake`; none with one rank.
         """
         if self.shard.world_size > 1:
             return agreement.start_handshake(self.header(), self.shard)
-        self.check_alone()
+        self.check_alone(labels_checked)
         return lambda: Handshake(None, self.shard.size)
 
-    def check_alone(self) -> None:
-        """Check on one rank what several find out together: `ValueError`, or on a device an assertion there."""
+    def check_alone(self, labels_checked: bool = False) -> None:
+        """Check on one rank what several find out together: `ValueError`, or on a device an assertion there.
+
+        `labels_checked`: labels on a device are looked at elsewhere.
+        """
         header, mass = self._constant_header(), self._prior_mass()
         if self.target.device.type == "cpu":
             agreement.raise_disagreement([header if mass is None else replace(header, prior_mass=mass.item())], 0)
             return
         agreement.raise_disagreement([header], 0)
-        fine = [] if self.soft else [~self.targets_outside().any()]
+        fine = [] if self.soft or labels_checked else [~self.targets_outside().any()]
         fine += [] if mass is None else [(mass - 1).abs() <= agreement.PRIOR_MASS_TOLERANCE]
         for condition in fine:
             torch._assert_async(condition)
@@ -138,17 +141,19 @@ class LossCall:
         """`[T]`: labels that no vocabulary entry answers to."""
         return self.valid_T & (self.target.clamp(0, self.shard.vocab_size - 1) != self.target)
 
-    def gather(self, own: ShardStatistics) -> tuple[Tensor, Tensor | None]:
+    def gather(self, own_FT: Tensor, labels_checked: bool = False) -> tuple[Tensor, Tensor | None]:
         """All ranks' statistics `[R, F, T]` and headers `[R, HEADER_FIELDS]`; None for those of one rank.
+
+        `labels_checked`: one rank's labels on a device are looked at elsewhere.
 
         Collectives: one all-gather; none with one rank.
         """
         if self.shard.world_size == 1:
-            self.check_alone()
-            return own.stack().unsqueeze(0), None
+            self.check_alone(labels_checked)
+            return own_FT.unsqueeze(0), None
         header_H = self.header()
         agreement.shake_hands_once(header_H, self.shard)
-        stats_RFT, headers_RH = agreement.exchange(own.stack(), header_H, self.shard)
+        stats_RFT, headers_RH = agreement.exchange(own_FT, header_H, self.shard)
         agreement.check(headers_RH, self.shard.rank)
         return stats_RFT, headers_RH
 

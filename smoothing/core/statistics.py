@@ -49,6 +49,13 @@ class Combined(NamedTuple):
     label_mass: Tensor  # Σ p_v, 1 for a hard label
 
 
+class Losses(NamedTuple):
+    """The losses of tokens, `[T]`, 0 without a label; where a kernel made them, sums over each program's tokens."""
+
+    loss_T: Tensor
+    partial_3P: Tensor | None = None
+
+
 def add_up(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor | None) -> Combined:
     """All ranks' statistics as one, in the same order everywhere, hence to the same bits.
 

@@ -4,13 +4,14 @@ Legend: T tokens, S columns of this rank (padding included), R ranks, F statisti
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from smoothing.core.call import LossCall
-from smoothing.core.statistics import Combined, ShardStatistics
+from smoothing.core.statistics import Combined, Losses
 from smoothing.kernels import torch_ops
 from smoothing.kernels.interpreter import interpreted
 
@@ -29,13 +30,13 @@ class Backend(Protocol):
         with_prior: whether Σ u_v z_v (in a gradient ε·u) is taken from the logits.
     """
 
-    def statistics(
-        self, logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bool = True
-    ) -> ShardStatistics:
+    checks_labels: bool  # on one rank: `combine` and `reduce` assert labels on the device
+
+    def statistics(self, logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bool = True) -> Tensor:
         """Describe the logits to the other ranks: one read.
 
         Returns:
-            Fields of `[T]` in the dtype of the statistics; those of a token without a label are finite.
+            `[F, T]`, `ShardStatistics` as it travels; the numbers of a token without a label are finite.
         """
 
     def combine(
@@ -45,7 +46,7 @@ class Backend(Protocol):
         target: Tensor,
         call: LossCall,
         with_prior: bool = True,
-    ) -> tuple[Combined, Tensor, Tensor | None]:
+    ) -> tuple[Combined, Tensor, Losses | None]:
         """Add up all ranks' statistics.
 
         Args:
@@ -53,8 +54,15 @@ class Backend(Protocol):
             headers_RH: their headers, int64; None for one rank.
 
         Returns:
-            The sums, `LossCall.softmax_scale` `[T]` of them, and the losses `[T]`, 0 for a token without a label;
+            The sums, `LossCall.softmax_scale` `[T]` of them, and the losses, 0 for a token without a label;
             None for the losses if `with_prior` is False, since they are not known yet.
+        """
+
+    def reduce(self, losses: Losses, call: LossCall, items: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the loss as the call's reduction has it, and what a sum was divided by, `[]`; None for "none".
+
+        Args:
+            items: what "mean" divides by instead of the labels' number, or None.
         """
 
     def gradient(
@@ -67,6 +75,7 @@ class Backend(Protocol):
         weight_T: Tensor,
         out_TS: Tensor,
         with_prior: bool = True,
+        divisor: Tensor | None = None,
     ) -> Tensor:
         """Write the gradient of the logits: one read, one write.
 
@@ -75,15 +84,16 @@ class Backend(Protocol):
         Args:
             base_T: what logits are taken relative to, the maximum over the vocabulary.
             scale_T: makes `exp(z - base)` a probability, times its factor from a z-loss.
-            weight_T: what the loss of each token is scaled by; may be one number, expanded.
+            weight_T: what the loss of each token is scaled by; may be one number, expanded or `[]`.
+            divisor: what that is divided by, one number; None: nothing.
             out_TS: where to write, at most as wide a dtype as the logits'; it may be their own memory.
 
         Returns:
             `out_TS`. Padding columns and tokens without a label are 0.
         """
 
-    def scale(self, gradient: Tensor, factor: Tensor) -> None:
-        """Multiply a gradient by a single number, in place; a factor of 1 costs nothing."""
+    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiply gradients by a single number, in place; a factor of 1 costs nothing."""
 
 
 def backend_for(device: torch.device, call: LossCall) -> Backend:
@@ -103,7 +113,7 @@ def uses_triton(device: torch.device, call: LossCall) -> bool:
     served = not call.soft and call.statistics_dtype == torch.float32
     triton = served and (device.type == "cuda" or interpreted()) and _works_on(device)
     name = "torch operations" if not triton else "Triton kernels" + (", interpreted" if interpreted() else "")
-    _log_once(f"backend of the loss on {device.type}: {name}")
+    log_once(f"backend of the loss on {device.type}: {name}")
     return triton
 
 
@@ -119,7 +129,7 @@ def _works_on(device: torch.device) -> bool:
                 _ = triton.runtime.driver.active.utils
             _triton_works[device.type] = True
         except Exception as error:
-            _log_once(
+            log_once(
                 "Triton kernels cannot be used, and torch operations are slower (the kernels need Triton, a C "
                 f"compiler and Python's headers): {error}",
                 logging.WARNING,
@@ -128,7 +138,8 @@ def _works_on(device: torch.device) -> bool:
     return _triton_works[device.type]
 
 
-def _log_once(message: str, level: int = logging.INFO) -> None:
+def log_once(message: str, level: int = logging.INFO) -> None:
+    """Log a choice the first time that it is made."""
     if message not in _logged:  # no functools.cache here or in `call`: torch.compile warns of it
         _logged.add(message)
         log.log(level, message)

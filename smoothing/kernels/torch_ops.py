@@ -3,14 +3,14 @@
 Legend: T tokens, S columns of this rank (padding included), K real ones, n rows of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from smoothing.core import agreement
 from smoothing.core.call import LossCall
-from smoothing.core.statistics import Combined, ShardStatistics, add_up, token_loss
+from smoothing.core.statistics import Combined, Losses, ShardStatistics, add_up, token_loss
 
 # Rows are looked at in chunks, in the statistics' dtype. On the CPU a chunk stays in cache; on a device it only has
 # to be small beside the logits and large beside a launch.
@@ -18,14 +18,17 @@ CHUNK_ELEMENTS = 1 << 18
 DEVICE_CHUNK_ELEMENTS = 1 << 26
 
 
-def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bool = True) -> ShardStatistics:
-    """This rank's statistics, `[T]` each, of logits with these targets. Tokens without a label are not looked at.
+checks_labels = False
+
+
+def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bool = True) -> Tensor:
+    """This rank's statistics, `[F, T]`, of logits with these targets. Tokens without a label are not looked at.
 
     `with_prior=False`: Σ u_v z_v is not taken.
     """
     count, device, dtype = len(target), logits_TS.device, call.statistics_dtype
     if call.shard.real_size == 0:
-        return ShardStatistics.nothing(count, call.soft, with_prior, dtype=dtype, device=device)
+        return ShardStatistics.nothing(count, call.soft, with_prior, dtype=dtype, device=device).stack()
     # ones and zeros: the statistics of a token that is left out stay finite all the way
     maximum_T, label_T = (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
     sum_exp_T = torch.ones_like(maximum_T)
@@ -48,10 +51,10 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
                 z_nK.sum(1) / call.shard.vocab_size if call.prior is None else weighted_sum(call.prior, z_nK)
             )
         sum_exp_T[chunk] = z_nK.exp_().sum(1)
-    return ShardStatistics(maximum_T, sum_exp_T, label_T, prior_T, label_mass_T)
+    return ShardStatistics(maximum_T, sum_exp_T, label_T, prior_T, label_mass_T).stack()
 
 
-def statistics_in_place(z_nK: Tensor, target_n: Tensor, call: LossCall) -> ShardStatistics:
+def statistics_in_place(z_nK: Tensor, target_n: Tensor, call: LossCall) -> Tensor:
     """Statistics without Σ u_v z_v, of logits that are not needed any more: `z` becomes `exp(z - m_r)`.
 
     Three passes over a few rows at a time, so that on the CPU two of them find the rows in cache.
@@ -59,7 +62,7 @@ def statistics_in_place(z_nK: Tensor, target_n: Tensor, call: LossCall) -> Shard
     count, real_size = z_nK.shape
     dtype, device = z_nK.dtype, z_nK.device
     if real_size == 0:
-        return ShardStatistics.nothing(count, soft=False, prior=False, dtype=dtype, device=device)
+        return ShardStatistics.nothing(count, soft=False, prior=False, dtype=dtype, device=device).stack()
     maximum_n, sum_exp_n = (torch.empty(count, dtype=dtype, device=device) for _ in range(2))
     owned_n, column_n = call.local_target(target_n)
     at_label_n = z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1)
@@ -71,12 +74,12 @@ def statistics_in_place(z_nK: Tensor, target_n: Tensor, call: LossCall) -> Shard
         z_bK.sub_(finite_or_zero(maximum_n[rows]).unsqueeze(1)).exp_()
         torch.sum(z_bK, 1, out=sum_exp_n[rows])
     label_n = torch.where(owned_n, at_label_n - finite_or_zero(maximum_n), 0.0)
-    return ShardStatistics(maximum_n, sum_exp_n, label_n, None)
+    return ShardStatistics(maximum_n, sum_exp_n, label_n, None).stack()
 
 
 def combine(
     stats_RFT: Tensor, headers_RH: Tensor | None, target: Tensor, call: LossCall, with_prior: bool = True
-) -> tuple[Combined, Tensor, Tensor | None]:
+) -> tuple[Combined, Tensor, Losses | None]:
     """All ranks' statistics added up, `call.softmax_scale` of them, and the losses, 0 where there is no label.
 
     `headers_RH`: the ranks' headers, None for one rank. `with_prior=False`: the statistics have no Σ u_v z_v, and no
@@ -85,12 +88,21 @@ def combine(
     owner_T = None if call.soft else _owner(target, headers_RH, call.shard.vocab_size)
     mass_R = stats_RFT.new_ones(1) if headers_RH is None else agreement.prior_masses(headers_RH)
     combined = add_up(stats_RFT, owner_T, mass_R if with_prior else None)
-    loss_T = None
+    losses = None
     if with_prior:
         loss_T = token_loss(combined, call.options.label_smoothing, call.options.z_loss)
         if not call.soft:
             loss_T = loss_T.masked_fill(target == call.options.ignore_index, 0.0)
-    return combined, call.softmax_scale(combined), loss_T
+        losses = Losses(loss_T)
+    return combined, call.softmax_scale(combined), losses
+
+
+def reduce(losses: Losses, call: LossCall, items: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The loss as the call's reduction has it, and what a sum was divided by, `[]`; None for "none"."""
+    if call.options.reduction == "none":
+        return losses.loss_T, None
+    divisor = call.divisor(items)
+    return losses.loss_T.sum() / divisor, divisor
 
 
 def gradient(
@@ -102,6 +114,7 @@ def gradient(
     weight_T: Tensor,
     out_TS: Tensor,
     with_prior: bool = True,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the logits into `out_TS`, which may be their memory, row by row, in a narrower dtype too.
 
@@ -112,6 +125,8 @@ def gradient(
     `with_prior=False` leaves ε·u out.
     """
     cap, real_size = call.options.logit_softcap, call.shard.real_size
+    weight_T = weight_T if divisor is None else weight_T / divisor
+    weight_T = weight_T if weight_T.dim() else weight_T.expand(call.tokens)
     unlabelled_T = None if call.soft else target == call.options.ignore_index
     rows = _labelled_rows(target, call)
     for chunk in _row_chunks(logits_TS, target, call):
@@ -131,10 +146,11 @@ def gradient(
     return out_TS
 
 
-def scale(gradient: Tensor, factor: Tensor) -> None:
-    """`gradient *= factor`, one number; on the CPU nothing is done where that is 1."""
-    if gradient.device.type != "cpu" or factor != 1:
-        gradient.mul_(factor)
+def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients by one number; on the CPU nothing is done where that is 1."""
+    if factor.device.type != "cpu" or factor != 1:
+        for gradient in gradients:
+            gradient.mul_(factor)
 
 
 def finite_or_zero(maximum_n: Tensor) -> Tensor:

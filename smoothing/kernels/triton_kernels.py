@@ -152,7 +152,23 @@ def statistics_kernel(
         tl.store(stats + 3 * count + row, weighted)
 
 
-@triton.jit(do_not_specialize=["rank_stride", "field_stride", "count", "vocab_size", "ignore_index"])
+@triton.jit
+def _dot(rows, row, inside, mean_row, width, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A product of each of these rows with one vector, `[BLOCK]`."""
+    products = tl.zeros([BLOCK, BLOCK_H], tl.float32)
+    for first in range(0, width, BLOCK_H):
+        column = first + tl.arange(0, BLOCK_H)
+        within = column < width
+        h = tl.load(rows + row[:, None] + column[None, :], mask=inside[:, None] & within[None, :], other=0.0)
+        products += h.to(tl.float32) * tl.load(mean_row + column, mask=within, other=0.0)[None, :]
+    return tl.sum(products, 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rank_stride", "field_stride", "count", "apart", "partials_apart", "vocab_size", "ignore_index",
+    ]
+)  # fmt: skip
 def combine_kernel(
     stats,
     rank_stride,
@@ -160,12 +176,20 @@ def combine_kernel(
     headers,
     header_floats,
     targets,
+    states,
+    state_stride,
+    mean_row,
+    mean_scale,
     kept,
     seen,
     losses,
+    partials,
     count,
+    apart,
+    partials_apart,
     vocab_size,
     ignore_index,
+    width,
     label_share,
     smoothing,
     z_loss,
@@ -174,9 +198,15 @@ def combine_kernel(
     START: tl.constexpr,
     MASS: tl.constexpr,
     WITH_FIELD: tl.constexpr,
+    WITH_STATES: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """One program a block of tokens, which looks at the ranks twice: the largest maximum must be known first."""
+    """One program a block of tokens, which looks at the ranks twice: the largest maximum must be known first.
+
+    Σ u_v z_v comes from the statistics (WITH_FIELD), or is `mean_scale·h·mean_row` of the hidden states
+    (WITH_STATES). `apart` is from one field of what is written to the next.
+    """
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < count
     target = tl.load(targets + token, mask=inside, other=ignore_index)
@@ -200,6 +230,9 @@ def combine_kernel(
             # a shard without mass may have a shift of -inf: 0·inf is not 0
             moved = tl.where(mass != 0, mass * shift, 0.0)
             prior += tl.load(own + 3 * field_stride, mask=inside, other=0.0) + moved
+    if WITH_STATES:
+        row = token.to(tl.int64) * state_stride
+        prior = mean_scale * _dot(states, row, inside, mean_row, width, BLOCK, BLOCK_H) - maximum
     log_sum_exp = tl.log(sum_exp)
     lse = maximum + log_sum_exp
     # of what has no share, -inf is left out too
@@ -208,12 +241,70 @@ def combine_kernel(
     loss += z_loss * lse * lse
     scale = (1.0 + 2.0 * z_loss * lse) / sum_exp
     tl.store(kept + token, maximum, mask=inside)
-    tl.store(kept + count + token, scale, mask=inside)
+    tl.store(kept + apart + token, scale, mask=inside)
     tl.store(seen + token, log_sum_exp, mask=inside)
-    tl.store(seen + count + token, label, mask=inside)
-    tl.store(seen + 2 * count + token, prior, mask=inside)
-    tl.store(seen + 3 * count + token, tl.full([BLOCK], 1.0, tl.float32), mask=inside)  # the label's mass
-    tl.store(losses + token, tl.where(target != ignore_index, loss, 0.0), mask=inside)
+    tl.store(seen + apart + token, label, mask=inside)
+    tl.store(seen + 2 * apart + token, prior, mask=inside)
+    tl.store(seen + 3 * apart + token, tl.full([BLOCK], 1.0, tl.float32), mask=inside)  # the label's mass
+    labelled = target != ignore_index  # outside there is none
+    loss = tl.where(labelled, loss, 0.0)
+    tl.store(losses + token, loss, mask=inside)
+    own_partials = partials + tl.program_id(0)
+    tl.store(own_partials, tl.sum(loss, 0))
+    tl.store(own_partials + partials_apart, tl.sum(labelled.to(tl.float32), 0))
+    wrong = labelled & (target != inside_vocabulary)
+    tl.store(own_partials + 2 * partials_apart, tl.sum(wrong.to(tl.float32), 0))
+
+
+@triton.jit
+def read_divisor(items, number, count, ITEMS: tl.constexpr):
+    """What a sum of losses is divided by, at least 1: the labels counted, a number, or one on the device."""
+    divisor = count
+    if ITEMS == "number":
+        divisor = number
+    if ITEMS == "tensor":
+        divisor = tl.load(items).to(tl.float32)
+    return tl.maximum(divisor, 1.0)
+
+
+@triton.jit(do_not_specialize=["partials_apart", "programs", "expected"])
+def sum_kernel(
+    partials,
+    partials_apart,
+    programs,
+    items,
+    number,
+    found,
+    expected,
+    loss,
+    divisor,
+    fine,
+    ITEMS: tl.constexpr,
+    EXPECTED: tl.constexpr,
+    FOUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, which adds up what those of `combine_kernel` left: always in the same order, to the same bits.
+
+    `fine` is 0 if a label was none, or if there are not as many as expected.
+    """
+    total, count, wrong = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for first in range(0, programs, BLOCK):
+        program = first + tl.arange(0, BLOCK)
+        inside = program < programs
+        total += tl.load(partials + program, mask=inside, other=0.0)
+        count += tl.load(partials + partials_apart + program, mask=inside, other=0.0)
+        wrong += tl.load(partials + 2 * partials_apart + program, mask=inside, other=0.0)
+    labels = tl.sum(count, 0)
+    by = read_divisor(items, number, labels, ITEMS)
+    tl.store(loss, tl.sum(total, 0) / by)
+    tl.store(divisor, by)
+    good = tl.sum(wrong, 0) == 0.0
+    if EXPECTED:
+        good = good & (labels == expected)
+    if FOUND:
+        good = good & (tl.load(found) == expected)
+    tl.store(fine, good.to(tl.float32))
 
 
 @triton.jit
@@ -278,6 +369,7 @@ def gradient_kernel(
     scales,
     weights,
     weight_stride,
+    divisor,
     blocks,
     start,
     real_size,
@@ -289,6 +381,7 @@ def gradient_kernel(
     CAPPED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     UNIFORM: tl.constexpr,
+    DIVIDED: tl.constexpr,
     NARROWED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -309,6 +402,8 @@ def gradient_kernel(
     else:
         at = (target - start).to(tl.int32)
         base, scale, weight = tl.load(bases + row), tl.load(scales + row), tl.load(weights + row * weight_stride)
+        if DIVIDED:
+            weight /= tl.load(divisor)
         while first + BLOCK <= real_size:
             _write_block(
                 row_logits, column_stride, row_out, out_column_stride, priors, first, real_size, width, at, base,
@@ -324,10 +419,19 @@ def gradient_kernel(
 
 
 @triton.jit
-def scale_kernel(gradient, factor, count, BLOCK: tl.constexpr):
-    """One program a block of elements."""
+def _scale_block(gradient, block, by, count, BLOCK: tl.constexpr):
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(gradient + at, mask=at < count)
+    tl.store(gradient + at, (x.to(tl.float32) * by).to(gradient.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def scale_kernel(gradient, count, blocks, second, second_count, factor, BLOCK: tl.constexpr):
+    """One program a block of elements: `blocks` of the first gradient, then those of the second."""
     by = tl.load(factor).to(tl.float32)
+    block = tl.program_id(0)
     if by != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(gradient + at, mask=at < count)
-        tl.store(gradient + at, (x.to(tl.float32) * by).to(gradient.dtype.element_ty), mask=at < count)
+        if block < blocks:
+            _scale_block(gradient, block, by, count, BLOCK)
+        else:
+            _scale_block(second, block - blocks, by, second_count, BLOCK)

@@ -38,6 +38,41 @@ def chunk_slices(tokens: int, token_bytes: int, budget: int) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step))]
 
 
+# In bf16 on a device, a group of tokens is what one product of the weight's gradient takes. All of them where their
+# logits take no more than the fp32 sum that more groups would need; else as many as took half of that in fp32.
+BF16_BYTES, FP32_BYTES = 2, 4
+LEAST_PIECE = 512  # tokens, below which a product slows down
+
+
+def bf16_groups(
+    tokens: int, widest: int, hidden: int, rounded: bool, several_ranks: bool, chunk_bytes: int | None
+) -> list[list[slice]]:
+    """Return the pieces of each group of tokens, for logits in bf16.
+
+    Args:
+        tokens: how many, at least 1.
+        widest: columns of the largest shard.
+        hidden: size of a hidden state.
+        rounded: whether the weight's gradient is returned in bf16: one group then needs no sum in fp32.
+        several_ranks: whether statistics travel.
+        chunk_bytes: what a group's logits may take; None: as above.
+    """
+    sum_bytes, token_bytes = FP32_BYTES * widest * hidden, BF16_BYTES * max(1, widest)
+    budget = chunk_bytes
+    if budget is None:
+        budget = max(LEAST_DEVICE_CHUNK_BYTES, int(sum_bytes * DEVICE_CHUNK_OF_WEIGHT))
+        if rounded and tokens * token_bytes <= sum_bytes:
+            budget = sum_bytes
+    groups = []
+    for group in chunk_slices(tokens, token_bytes, budget):
+        length = group.stop - group.start
+        step = length
+        if several_ranks and length >= 2 * LEAST_PIECE:
+            step = chunk_length(length, -(-length // 2))
+        groups.append([slice(at, min(at + step, group.stop)) for at in range(group.start, group.stop, step)])
+    return groups
+
+
 def chunk_bytes_problem(chunk_bytes: object) -> str | None:
     """Return what is wrong with a budget that a caller passed, or None."""
     if chunk_bytes is None or (

@@ -18,9 +18,19 @@ class LabelledTokens:
     leading: torch.Size  # of all tokens, T in number
     rows_N: Tensor | None  # None for all
     masked: bool  # tokens without a label are among them
+    labels_N: Tensor | None = None  # what `select` gives of the labels, where a kernel has
+    position_T: Tensor | None = None  # where each token went, or -1; None for all, and where no kernel was asked
+    found: Tensor | None = None  # how many have a label, to be asserted
 
     @classmethod
-    def of(cls, leading: torch.Size, target: Tensor, ignore_index: int, label_tokens: int | None) -> "LabelledTokens":
+    def of(
+        cls,
+        leading: torch.Size,
+        target: Tensor,
+        ignore_index: int,
+        label_tokens: int | None,
+        by_kernel: bool = False,
+    ) -> "LabelledTokens":
         """Find the tokens with a label.
 
         Args:
@@ -28,6 +38,7 @@ class LabelledTokens:
             target: `[T]` int64, or probabilities `[T, S]`: then all go through the head.
             ignore_index: the label of tokens without one.
             label_tokens: how many have a label; for None the host waits until they are counted.
+            by_kernel: find them by a kernel of `head_ops`; a wrong number is then asserted by `triton_ops.sum_up`.
 
         Raises:
             ValueError: for a wrong number; on a device by an assertion there.
@@ -36,8 +47,22 @@ class LabelledTokens:
             raise ValueError(problem)
         soft = target.is_floating_point()
         masked = not soft and keeps_every_row(target.device)
+        if by_kernel and not masked:
+            return cls._by_kernel(leading, target, ignore_index, label_tokens)
         rows_N = None if soft or masked else _labelled(target, ignore_index, label_tokens)
         return cls(leading, rows_N, masked)
+
+    @classmethod
+    def _by_kernel(
+        cls, leading: torch.Size, target_T: Tensor, ignore_index: int, count: int | None
+    ) -> "LabelledTokens":
+        from smoothing.kernels import head_ops
+
+        count = len((target_T != ignore_index).nonzero()) if count is None else int(count)
+        if count == len(target_T):
+            return cls(leading, None, False, target_T)
+        rows_N, labels_N, position_T, found = head_ops.labelled(target_T, ignore_index, count)
+        return cls(leading, rows_N, False, labels_N, position_T, found)
 
     def select(self, all_T: Tensor) -> Tensor:
         """Return what is given of all tokens, `[T, ...]`, for those that go through the head: `[N, ...]`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smoothing.core.agreement import Handshake
 from smoothing.core.collectives import start_all_gather, start_all_reduce
-from smoothing.core.statistics import Combined, ShardStatistics
+from smoothing.core.statistics import Combined
 from smoothing.kernels import torch_ops
 from smoothing.linear import matmul
 from smoothing.linear.accumulator import (
@@ -67,8 +67,8 @@ def forward(
     parts: list[Combined] = []
     for index, tokens in enumerate(chunks):
         z_nK = head.logits(tokens, buffers[index % len(buffers)])
-        own = _statistics(head, z_nK, tokens)
-        sent.append(_Sent(tokens, z_nK, own.maximum, start_all_gather(own.stack(), call.shard)))
+        own_Fn = _statistics(head, z_nK, tokens)
+        sent.append(_Sent(tokens, z_nK, own_Fn[0], start_all_gather(own_Fn, call.shard)))
         if accumulator is not None and early:
             accumulator.multiply(tokens, z_nK)
         last = index == len(chunks) - 1
@@ -117,7 +117,7 @@ def new_accumulator(head: LinearHead, wanted: Wanted, token_weight_N: Tensor) ->
     return GradientAccumulator(wanted, head.hidden_NH, head.weight_KH, weights, prior, head.gemm_dtype, call.shard)
 
 
-def _statistics(head: LinearHead, z_nK: Tensor, tokens: slice) -> ShardStatistics:
+def _statistics(head: LinearHead, z_nK: Tensor, tokens: slice) -> Tensor:
     """Statistics of a chunk's logits; where the gradient is factored these become `exp(z - m)` on the way."""
     target = head.call.target[tokens]
     if head.factored:

@@ -51,6 +51,11 @@ def hidden_gradient(grad_nK: Tensor, weight_KH: Tensor, out_nH: Tensor) -> Tenso
     return torch.mm(grad_nK, weight_KH, out=out_nH, **_out_dtype(weight_KH, out_nH))
 
 
+def weight_gradient(grad_nK: Tensor, hidden_nH: Tensor, out_KH: Tensor) -> Tensor:
+    """`gᵀ·h` into `out_KH`."""
+    return torch.mm(grad_nK.t(), hidden_nH, out=out_KH, **_out_dtype(hidden_nH, out_KH))
+
+
 def add_weight_gradient(sum_KH: Tensor, grad_nK: Tensor, hidden_nH: Tensor) -> None:
     """`sum += gᵀ·h`."""
     torch.addmm(sum_KH, grad_nK.t(), hidden_nH, out=sum_KH, **_out_dtype(hidden_nH, sum_KH))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smoothing.core import call
-from smoothing.kernels import dispatch, triton_kernels
+from smoothing.kernels import dispatch, head_kernels, triton_kernels
 
 aten = torch.ops.aten
 WITHOUT_A_KERNEL = {"empty", "empty_like", "new_empty", "lift_fresh", "promote_types", "reshape_alias"}
@@ -106,11 +106,13 @@ def fake_gpu(patch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """What is seen of a device where Triton works and no graph is captured."""
     seen = Seen()
     patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "current_device", lambda: 0)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setitem(dispatch._triton_works, "cuda", True)
     patch.setattr(call, "_headers", {})
-    for name in ("statistics_kernel", "combine_kernel", "gradient_kernel", "scale_kernel"):
-        patch.setattr(triton_kernels, name, _Kernel(name, seen))
+    for module in (triton_kernels, head_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            patch.setattr(module, name, _Kernel(name, seen))
     with FakeTensorMode(), seen:
         yield seen
 

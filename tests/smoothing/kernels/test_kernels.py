@@ -201,12 +201,12 @@ def test_a_gradient_rounded_in_its_logits_memory(width):
 
 
 def scaled(count: int, factor: float, dtype):
-    """A gradient of so many elements scaled by the kernel, with two elements of somebody else's behind it."""
+    """Two gradients of so many elements scaled by the kernel, with two elements of somebody else's behind them."""
     memory = torch.linspace(-1, 1, count + 2).to(dtype)
     with watched():
         from smoothing.kernels import triton_ops
 
-        triton_ops.scale(memory[:count], torch.tensor(factor))
+        triton_ops.scale([memory[: count // 2], memory[count // 2 : count], memory[:0]], torch.tensor(factor))
     return memory
 
 

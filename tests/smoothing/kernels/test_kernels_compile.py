@@ -22,15 +22,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from smoothing.core import agreement
-from smoothing.kernels import triton_kernels, triton_ops
+from smoothing.kernels import head_kernels, head_ops, triton_kernels, triton_ops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 THREADS = 128  # four warps, Triton's default
-POINTERS = {"targets": "*i64", "headers": "*i64", "header_floats": "*fp64"}
-POINTERS |= dict.fromkeys(
-    ("priors", "stats", "bases", "scales", "weights", "factor", "kept", "seen", "losses"), "*fp32"
-)
-FLOATS = {"uniform", "cap", "label_share", "prior_share", "smoothing", "z_loss"}
+POINTERS = dict.fromkeys(("targets", "headers", "rows", "labels", "items"), "*i64") | {"header_floats": "*fp64"}
+POINTERS |= {"positions": "*i32", "found": "*i32", "hidden": "*bf16"}
+FP32 = "priors stats bases scales weights divisor factor kept seen losses partials mean_row loss fine share sums"
+POINTERS |= dict.fromkeys([*FP32.split(), "products"], "*fp32")
+FLOATS = {"uniform", "cap", "label_share", "prior_share", "smoothing", "z_loss", "mean_scale", "number"}
 # An H100 has 132 units that issue 128 instructions in each of 1.7e9 cycles a second. At 3e12 bytes a second that
 # makes 19 for an element of bf16 that is read, and 38 for one that is read and written.
 ALLOWED = {"statistics_kernel": 19, "gradient_kernel": 38}
@@ -75,8 +75,11 @@ def compiled(kernel, variant: Variant, **more):
         "SMOOTHED": variant.smoothed,
         "UNIFORM": variant.uniform,
         "WITH_FIELD": variant.field,
+        "WITH_STATES": not variant.field,
+        "DIVIDED": variant.smoothed,
         "NARROWED": variant.logits == "fp32" and variant.out != "fp32",
         "BLOCK": triton_ops.COMBINE_BLOCK if kernel is triton_kernels.combine_kernel else triton_ops.BLOCK,
+        "BLOCK_H": triton_ops.HIDDEN_BLOCK,
         "HEADER": agreement.HEADER_FIELDS,
         "START": agreement.OFFSET["start"],
         "MASS": agreement.OFFSET["prior_mass"],
@@ -84,7 +87,7 @@ def compiled(kernel, variant: Variant, **more):
         "out_column_stride": 1,
     } | more
     types = POINTERS | dict.fromkeys(FLOATS, "fp32") | {"logits": f"*{variant.logits}", "out": f"*{variant.out}"}
-    types["gradient"] = types["out"]
+    types |= {"gradient": types["out"], "second": types["out"]} | dict.fromkeys(("states", "scaled", "tile"), "*bf16")
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {name: value for name, value in constants.items() if name in names}
     types = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -143,6 +146,32 @@ def test_what_adds_statistics_up(ranks, tmp_path):
     code = instructions(binary.asm["cubin"], tmp_path)
     assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
     assert (".f64" in binary.asm["ptx"]) == (ranks > 1)  # the masses of the ranks' shards travel so
+
+
+HEAD_KERNELS = {
+    "labelled_kernel": {"BLOCK": head_ops.LABELLED_BLOCK},
+    "gather_kernel": {"ITEMS": "tensor", "SELECTED": True, "WEIGHTED": True, "SUMMED": True},
+    "prior_rows_kernel": {"BLOCK_T": head_ops.PARTIALS, "BLOCK": head_ops.BLOCK_H},
+    "hidden_gradient_kernel": {"SELECTED": True, "WEIGHTED": True, "ROUNDED": True},
+}
+
+
+@pytest.mark.parametrize("name", HEAD_KERNELS)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_what_is_around_the_products(name, capability, tmp_path):
+    blocks = {"BLOCK_T": head_ops.BLOCK_T, "BLOCK_H": head_ops.BLOCK_H}
+    binary = compiled(getattr(head_kernels, name), Variant(capability=capability), **blocks | HEAD_KERNELS[name])
+    code = instructions(binary.asm["cubin"], tmp_path)
+    assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
+    assert ".f64" not in binary.asm["ptx"]
+    moved = set(re.findall(r"(?:ld|st)\.global[\w.]*", binary.asm["ptx"]))
+    assert name == "labelled_kernel" or "ld.global.v4.b32" in moved, moved
+
+
+def test_what_adds_the_losses_up(tmp_path):
+    more = {"ITEMS": "tensor", "EXPECTED": True, "FOUND": True, "BLOCK": triton_ops.SUM_BLOCK}
+    code = instructions(compiled(triton_kernels.sum_kernel, Variant(), **more).asm["cubin"], tmp_path)
+    assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
 
 
 def test_what_scales_a_gradient(tmp_path):
