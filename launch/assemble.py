@@ -187,6 +187,7 @@ def make_trainer(
         facts=facts,
         keep=keep,
         z_loss=options.z_loss,
+        fused_head=options.head == "fused",
         sampler=sampler,
     )
     prior = None if prior is None else prior.to(args.device)

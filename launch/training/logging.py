@@ -23,6 +23,7 @@ METRICS_OF_LOGS = {
     "label_tokens": "label_tokens",
     "tokens": "tokens",
     "tokens_per_second": "tokens_per_second",
+    "mfu": "mfu",
     "peak_memory_gib": "peak_memory_gib",
     "eval_nll": "eval_nll",
     "eval_accuracy": "eval_accuracy",
@@ -83,7 +84,7 @@ class Progress(ProgressCallback):
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  nll {logs['nll']:.4f}  "
                 f"accuracy {logs['accuracy']:.1%}  grad_norm {logs.get('grad_norm', 0.0):.2f}  "
                 f"lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s"
-                f"  {self._times(state)}"
+                f"{'  mfu {:.1%}'.format(logs['mfu']) if 'mfu' in logs else ''}  {self._times(state)}"
             )
         elif "eval_nll" in logs:
             line = (

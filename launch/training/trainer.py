@@ -15,12 +15,13 @@ from launch.common.paths import CHECKPOINT
 from launch.config.limits import BEST_METRICS
 from launch.model.attention_mask import padding_is_unseen
 from launch.process.device import peak_memory_gib
-from launch.process.ranks import from_main, is_main, on_all_ranks, say
+from launch.process.ranks import from_main, is_main, on_all_ranks, say, world_size
 from launch.process.signals import EvaluationCut, Stopped
 from launch.process.watchdog import Watchdog
 from launch.run import checkpoints
 from launch.training.milestones import Milestones
 from launch.training.nonfinite import NonFiniteSteps, check_weights, not_finite
+from launch.training.throughput import Operations
 from launch.training.token_meter import TokenMeter
 from launch.training.trainer_overrides import TrainerWithHooks
 from launch.training.warmup import rate_problem, warmup_problem
@@ -29,7 +30,7 @@ from smoothing.install import causal_lm
 
 
 class SftTrainer(TrainerWithHooks):
-    """Adds `nll`, `accuracy`, tokens, tokens/s and peak memory to every log, and `eval_nll` to evaluations.
+    """Adds `nll`, `accuracy`, tokens, tokens/s, MFU and peak memory to every log, and `eval_nll` to evaluations.
 
     Args:
         nonfinite: Stops at or skips steps that are not finite.
@@ -39,6 +40,7 @@ class SftTrainer(TrainerWithHooks):
         z_loss: Weight of the z-loss, which is then logged by itself.
         keep: How many checkpoints stay (--save_total_limit). `args.save_total_limit` must be None: Trainer would also
             remove all but the best one at the end, before the model is exported.
+        fused_head: Whether tokens without a label stay out of the head.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class SftTrainer(TrainerWithHooks):
         facts: dict,
         keep: int | None,
         z_loss: float = 0.0,
+        fused_head: bool = True,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -58,6 +61,7 @@ class SftTrainer(TrainerWithHooks):
         self.not_finite = set().union(*on_all_ranks(lambda: not_finite(self.model.named_parameters())))
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
+        self._operations = Operations.of(causal_lm(self.model), fused_head)
         self._where: list[str] = []
         self._padding_is_unseen = padding_is_unseen(causal_lm(self.model))
 
@@ -170,6 +174,8 @@ class SftTrainer(TrainerWithHooks):
                 "tokens_per_second": means.tokens / max(seconds, 1e-9),
                 "peak_memory_gib": peak_memory_gib(),
             }
+            if (mfu := self._operations.utilisation(means.tokens, means.labels, seconds, world_size())) is not None:
+                logs["mfu"] = mfu
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
