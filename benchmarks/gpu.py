@@ -3,8 +3,10 @@
     python benchmarks/gpu.py                    # `make bench-gpu`
     python benchmarks/gpu.py --device cpu       # a dry run on small sizes, which writes nothing
 
-Every contender is checked against fp64 before it is timed, then all take turns in one process. What is not installed
-is left out, and named as such. Writes `benchmarks/results/gpu.json` and `gpu.md`.
+Every contender is checked against fp64, then all take turns in one process: with the host ahead of the device, so
+that only the device's time counts, and cold, where the device waits for the host. What fails the check is timed all
+the same, and marked. What is not installed is left out, and named as such. Rounds end when the time is up. Writes
+`benchmarks/results/gpu.json` and `gpu.md`.
 """
 
 import argparse
@@ -30,7 +32,10 @@ import torch.nn.functional as F
 from gpu_contenders import HEADS, LOSSES, SMOOTHING, Contender, Given, Loss, Sizes
 from torch import Tensor
 
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "deepspeed", "transformers")
+PACKAGES = ("torch", "triton", "liger-kernel", "fla-core", "cut-cross-entropy", "quack-kernels", "deepspeed")
+PACKAGES += ("transformers",)
+AHEAD_CYCLES = 20_000_000  # that the device sleeps before a call that is timed with the host ahead: some 10 ms
+LEAST_ROUNDS = 3
 
 
 # Checked, then measured.
@@ -101,13 +106,16 @@ class Clock:
     def __init__(self, device: str):
         self.cuda = device == "cuda"
 
-    def time(self, work: Callable[[], object]) -> float:
+    def time(self, work: Callable[[], object], ahead: bool = False) -> float:
+        """Of one call; `ahead`: the device first sleeps while the host prepares the call."""
         if not self.cuda:
             start = time.perf_counter()
             work()
             return 1e3 * (time.perf_counter() - start)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(AHEAD_CYCLES)
         before.record()
         work()
         after.record()
@@ -178,8 +186,11 @@ def captured(loss: Loss, given: Given) -> str:
         return f"no: {error}".splitlines()[0][:120]
 
 
-def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int) -> dict:
-    """Every contender at one point: verdict, then interleaved times, peak memory, synchronisations, graphs."""
+def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int, until: float) -> dict:
+    """Every contender at one point: verdict, then interleaved times, peak memory, synchronisations, graphs.
+
+    No round begins after `until` but the first few.
+    """
     losses, verdicts = {}, {}
     for contender in contenders:
         if contender.needs and importlib.util.find_spec(contender.needs) is None:
@@ -191,13 +202,14 @@ def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int)
             verdicts[contender.name] = one_line(error)
             continue
         verdicts[contender.name] = check(contender, loss, sizes, device) if contender.checked else "ok"
-        if verdicts[contender.name] == "ok":
-            losses[contender.name] = loss
+        losses[contender.name] = loss
     for name, verdict in verdicts.items():
         print(f"{sizes}: {name}: {verdict}", flush=True)
-    clock, milliseconds, memory = Clock(device), {name: [] for name in losses}, {}
-    more = {}
+    clock, memory, more = Clock(device), {}, {}
+    milliseconds = {name: {"ahead": [], "cold": []} for name in losses}
     for index in range(rounds + 1):  # the first one warms up
+        if index > LEAST_ROUNDS and time.monotonic() > until:
+            break
         names = list(losses)
         for name in names if index % 2 else reversed(names):
             given = None  # the last one's memory is free
@@ -206,13 +218,18 @@ def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int)
                 if index == 0 and device == "cuda":
                     step(losses[name], given)
                     memory[name] = peak_bytes(losses[name], given)
-                taken = clock.time(lambda n=name, g=given: step(losses[n], g))
+                taken = {
+                    how: clock.time(lambda n=name, g=given: step(losses[n], g), ahead=how == "ahead")
+                    for how in milliseconds[name]
+                }
             except Exception as error:  # the contender is out, the others continue
-                verdicts[name] = one_line(error)
+                if verdicts[name] == "ok":
+                    verdicts[name] = one_line(error)
                 losses.pop(name), milliseconds.pop(name)
                 continue
             if index:
-                milliseconds[name].append(taken)
+                for how, values in milliseconds[name].items():
+                    values.append(taken[how])
     given = None
     if device == "cuda":
         for name in filter(ours, losses):
@@ -222,7 +239,9 @@ def measure(contenders: list[Contender], sizes: Sizes, device: str, rounds: int)
     return {
         "sizes": asdict(sizes),
         "verdicts": verdicts,
-        "milliseconds": {name: _summary(values) for name, values in milliseconds.items()},
+        "milliseconds": {
+            name: {how: _summary(times) for how, times in ms.items()} for name, ms in milliseconds.items()
+        },
         "peak_bytes": memory,
         "more": more,
     }
@@ -261,20 +280,29 @@ def table(result: dict) -> str:
         lines += ["", f"## {'From logits' if from_logits else 'From hidden states'}: {title}", ""]
         floor = "of the floor (3 passes)" if from_logits else "of the products' rate alone"
         lines += [
-            f"| contender | ms, median (least to most) | {floor} | peak MiB over inputs | |",
-            "|---|---|---|---|---|",
+            f"| contender | ms, host ahead: median (least to most) | {floor} | ms, cold | peak MiB over inputs | |",
+            "|---|---|---|---|---|---|",
         ]
         best = 3 * 2 * sizes.tokens * sizes.vocab / result["bandwidth"] * 1e3
         if not from_logits:
             products = point["milliseconds"].get("the three products alone")
-            best = products["median"] if products else math.nan
+            best = products["ahead"]["median"] if products else math.nan
         for name, ms in point["milliseconds"].items():
             memory = point["peak_bytes"].get(name)
-            notes = "; ".join(f"{key} {value}" for key, value in point["more"].get(name, {}).items())
-            spread = f"{ms['median']:.2f} ({ms['least']:.2f} to {ms['most']:.2f})"
+            notes = [f"{key} {value}" for key, value in point["more"].get(name, {}).items()]
+            if (verdict := point["verdicts"][name]) != "ok":
+                notes.insert(0, f"**fails the check**: {verdict}")
+            spread, cold = (
+                f"{t['median']:.2f} ({t['least']:.2f} to {t['most']:.2f})" for t in (ms["ahead"], ms["cold"])
+            )
             shown = "" if memory is None else f"{memory / 2**20:.0f}"
-            lines.append(f"| {name} | {spread} | {best / ms['median']:.0%} | {shown} | {notes} |")
-        lines += [f"\nNot timed, {name}: {verdict}" for name, verdict in point["verdicts"].items() if verdict != "ok"]
+            share = best / ms["ahead"]["median"]
+            lines.append(f"| {name} | {spread} | {share:.0%} | {cold} | {shown} | {'; '.join(notes)} |")
+        lines += [
+            f"\nNot timed, {name}: {verdict}"
+            for name, verdict in point["verdicts"].items()
+            if name not in point["milliseconds"]
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -282,21 +310,23 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="at most")
+    parser.add_argument("--seconds", type=float, default=210, help="after which no further round begins")
     parser.add_argument("--name", default="gpu", help="of the files in results/")
     return parser.parse_args()
 
 
 def main() -> int:
-    args = arguments()
+    args, began = arguments(), time.monotonic()
     dry = args.device == "cpu"
     if not dry and not torch.cuda.is_available():
         print("error: no GPU is at hand, and nothing else can give its figures; `--device cpu` is a dry run")
         return 2
     tokens = 64 if dry else args.tokens
-    vocabularies, hidden_sizes = ((1000, 500), (32,)) if dry else ((128256, 16032), (4096, 8192))
-    points = [(LOSSES, Sizes(tokens, vocab)) for vocab in vocabularies]
-    points += [(HEADS, Sizes(tokens, v, h)) for h in hidden_sizes for v in ((1000,) if dry else (128256, 262144))]
+    losses = (1000, 500) if dry else (128256, 16032)
+    heads = ((1000, 32),) if dry else ((128256, 4096), (16032, 4096), (131072, 4096), (128256, 8192), (262144, 4096))
+    points = [(LOSSES, Sizes(tokens, vocab)) for vocab in losses]
+    points += [(HEADS, Sizes(tokens, vocab, hidden)) for vocab, hidden in heads]
     result = {
         "command": "python benchmarks/gpu.py " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
@@ -305,8 +335,10 @@ def main() -> int:
         "bandwidth": bandwidth(Clock(args.device), args.device, 1 << (16 if dry else 30)),
         "points": [],
     }
-    for contenders, sizes in points:
-        result["points"].append(measure(contenders, sizes, args.device, 2 if dry else args.rounds))
+    for index, (contenders, sizes) in enumerate(points):
+        left = args.seconds - (time.monotonic() - began)
+        until = time.monotonic() + left / (len(points) - index)
+        result["points"].append(measure(contenders, sizes, args.device, 2 if dry else args.rounds, until))
         if not dry:
             (HERE / "results" / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
             (HERE / "results" / f"{args.name}.md").write_text(table(result))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -94,6 +95,35 @@ def torch_head(given: Given) -> Tensor:
     return F.cross_entropy(F.linear(given.hidden, given.weight).float(), given.target, label_smoothing=SMOOTHING)
 
 
+def here_fp32_logits(given: Given) -> Tensor:
+    options = {"label_smoothing": SMOOTHING, "chunk_bytes": given.chunk_bytes, "label_tokens": len(given.target)}
+    return vocab_parallel_linear_cross_entropy(given.hidden, given.weight, given.target, fp32_logits=True, **options)
+
+
+def liger_scaled_head(sharded: bool) -> Loss:
+    """Liger's heads on CUTLASS, which cannot smooth: of one rank, or of a tensor-parallel group, here of one."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as liger
+
+    group = ()
+    if sharded:
+        if not dist.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        group = (dist.group.WORLD,)
+    heads = (
+        liger.LigerFusedLinearScaledCrossEntropyFunction,
+        liger.LigerFusedLinearScaledCrossEntropyTPFunction,
+    )
+    return lambda given: heads[sharded].apply(given.hidden, given.weight, given.target, *group).mean()
+
+
+def fla_head() -> Loss:
+    from fla.modules.fused_linear_cross_entropy import FusedLinearCrossEntropyLoss
+
+    loss = FusedLinearCrossEntropyLoss(label_smoothing=SMOOTHING)
+    return lambda given: loss(given.hidden[None], given.target[None], given.weight)
+
+
 def liger_head() -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -155,7 +185,13 @@ LOSSES = [
 ]
 HEADS = [
     Contender("fused, here", lambda: here_fused),
+    Contender("fused, here, logits in fp32", lambda: here_fp32_logits),
     Contender("Liger fused linear cross entropy", liger_head, needs="liger_kernel"),
+    Contender("Liger scaled head", lambda: liger_scaled_head(False), smooths=False, needs="liger_kernel"),
+    Contender(
+        "Liger scaled head, tensor parallel", lambda: liger_scaled_head(True), smooths=False, needs="liger_kernel"
+    ),
+    Contender("fla fused linear cross entropy", fla_head, needs="fla"),
     Contender("Cut Cross-Entropy", cut_head, smooths=False, needs="cut_cross_entropy"),
     Contender(
         "Cut Cross-Entropy, whole", lambda: cut_head(filter_eps=None), smooths=False, needs="cut_cross_entropy"
