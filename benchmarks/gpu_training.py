@@ -3,10 +3,12 @@
     python benchmarks/gpu_training.py                 # part of `make bench-gpu`
     python benchmarks/gpu_training.py --device cpu    # a dry run with a small model, which writes nothing
 
-First `--sanity`, which has to pass; then real starts of `deepspeed launch/sft.py`, the heads taking turns on the same
-rows; then each head with ever more rows to a step until memory runs out (some 25 starts; none with `--most 0`). Rows
-are those of `--data` (question/answer, as in GSM8K) or sums made up here. Writes `gpu-training.json` and
-`gpu-training.md` in `benchmarks/results/`, anew after each part.
+Real starts of `deepspeed launch/sft.py`, at some 16,000 tokens a step: the heads taking turns on the same rows, each
+row by itself and packed; and `transformers.Trainer` alone, with Liger's kernels where they are installed
+(`gpu_trainer.py`). With `--sanity` that has to pass first (a minute and a half). With `--most N` each head is then
+given ever more rows to a step, up to N, until memory runs out (some 25 starts). Rows are those of `--data`
+(question/answer, as in GSM8K) or sums made up here. Writes `gpu-training.json` and `gpu-training.md` in
+`benchmarks/results/`, anew after each part.
 """
 
 import argparse
@@ -29,8 +31,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import torch
 from gpu import Clock, versions
 
+from launch.training.throughput import RATES
+
 SCRIPT = str(HERE.parent / "launch" / "sft.py")
-HEADS = ("fused", "sharded", "dense")
+TRAINER = str(HERE / "gpu_trainer.py")
+HEADS = ("fused", "dense")
+PACKED = {"packing": "true", "max_length": 2048}
 LARGE = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -50,8 +56,6 @@ SMALL = LARGE | {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-# bf16 products of dense matrices, operations a second, as their maker says; by a part of the device's name
-NOMINAL = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Speed:
         return 6 * (body * self.tokens + model["vocab_size"] * hidden * self.label_tokens)
 
 
+ROW_TOKENS = 170  # of the rows made up here, about
 NO_MEMORY = ("out of memory", "cublas_status_alloc_failed")
 
 
@@ -102,13 +107,15 @@ class Bench:
             raise SystemExit(f"--sanity failed, so nothing is timed:\n{done.stdout}\n{done.stderr}")
         return done.stdout
 
-    def train(self, head: str, rows: int, steps: int) -> Speed:
-        """A real start. Raises `OutOfMemory` if it was too large."""
+    def train(self, head: str, rows: int, steps: int, packed: bool = False) -> Speed:
+        """A real start; packed, of as many tokens a step. Raises `OutOfMemory` if it was too large."""
         output = self.folder / "run"
         shutil.rmtree(output, ignore_errors=True)
         launcher = (str(Path(sys.executable).with_name("deepspeed")), *one_device())
         values = {"head": head, "per_device_train_batch_size": rows, "max_steps": steps, "output_dir": output}
         values |= {"logging_steps": 2, "save_strategy": "no"}
+        if packed:
+            values |= PACKED | {"per_device_train_batch_size": max(1, rows * ROW_TOKENS // PACKED["max_length"])}
         done = subprocess.run(self.command(*launcher, **values), capture_output=True, text=True)
         if done.returncode:
             output_text = done.stdout + done.stderr
@@ -116,6 +123,18 @@ class Bench:
                 raise OutOfMemory
             raise SystemExit(f"{shlex.join(done.args)}\nended with {done.returncode}:\n{output_text[-4000:]}")
         return _speed([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
+
+    def trainer(self, rows: int, steps: int) -> tuple[str, Speed]:
+        """`transformers.Trainer` alone, and what it is called. Raises `OutOfMemory` if it was too large."""
+        command = [sys.executable, TRAINER, json.dumps(self.model), f"--rows={rows}", f"--steps={steps}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            if any(words in (done.stdout + done.stderr).lower() for words in NO_MEMORY):
+                raise OutOfMemory
+            raise SystemExit(f"{shlex.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}")
+        speed = json.loads(done.stdout.splitlines()[-1])
+        name = "transformers.Trainer" + (" with Liger" if speed.pop("liger") else "")
+        return name, Speed(**speed)
 
     def largest(self, head: str, rows: int, most: int) -> int:
         """The most rows to a step that fit: doubled until they do not, then found between."""
@@ -174,15 +193,23 @@ def product_rate(device: str, size: int) -> float:
 
 
 def compare(bench: Bench, rows: int, steps: int, rounds: int) -> dict[str, list[Speed]]:
-    """Runs of every head on the same rows, taking turns; none for a head that does not fit."""
-    speeds = {head: [] for head in HEADS}
+    """Runs of every head on the same rows, taking turns, and of Trainer; none for what does not fit."""
+    ways = [(head, packed) for packed in (False, True) for head in HEADS]
+    speeds = {}
     for index in range(rounds):
-        for head in reversed(HEADS) if index % 2 else HEADS:
+        for head, packed in reversed(ways) if index % 2 else ways:
+            name = f"{head}, packed" if packed else head
             try:
-                speeds[head].append(bench.train(head, rows, steps))
-                print(f"{head}: {speeds[head][-1]}", flush=True)
+                speeds.setdefault(name, []).append(bench.train(head, rows, steps, packed))
+                print(f"{name}: {speeds[name][-1]}", flush=True)
             except OutOfMemory:
-                print(f"{head}: {rows} rows do not fit", flush=True)
+                print(f"{name}: {rows} rows do not fit", flush=True)
+        try:
+            name, speed = bench.trainer(rows, steps)
+            speeds.setdefault(name, []).append(speed)
+            print(f"{name}: {speed}", flush=True)
+        except OutOfMemory:
+            print(f"transformers.Trainer: {rows} rows do not fit", flush=True)
     return speeds
 
 
@@ -224,10 +251,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--data", type=Path, default=None, help="question/answer rows; default: made up")
-    parser.add_argument("--rows", type=int, default=16, help="to a step, where heads are compared")
-    parser.add_argument("--most", type=int, default=512, help="rows to a step that are tried; 0: none")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=96, help="to a step, where heads are compared")
+    parser.add_argument("--most", type=int, default=0, help="rows to a step that are tried; 0: none")
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sanity", action="store_true", help="which has to pass first")
     return parser.parse_args()
 
 
@@ -238,12 +266,13 @@ def main() -> int:
         print("error: no GPU is at hand, and nothing else can give its figures; `--device cpu` is a dry run")
         return 2
     if dry:
-        args.rows, args.most, args.steps, args.rounds = 2, 4, 8, 1
+        args.rows, args.most, args.steps, args.rounds = 4, args.most and 4, 6, 1
     device = "a dry run on the CPU" if dry else torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or write_rows(Path(folder) / "rows.jsonl", 200 if dry else 8000)
         bench = Bench(data.resolve(), Path(folder), SMALL if dry else LARGE)
-        print(bench.sanity(args.rows), flush=True)
+        if args.sanity:
+            print(bench.sanity(args.rows), flush=True)
         speeds = compare(bench, args.rows, args.steps, args.rounds)
         result = {
             "command": "python benchmarks/gpu_training.py " + shlex.join(sys.argv[1:]),
@@ -252,7 +281,7 @@ def main() -> int:
             "versions": versions(),
             "model": bench.model,
             "rows": args.rows,
-            "nominal": next((rate for part, rate in NOMINAL.items() if part in device), None),
+            "nominal": next((rate for part, rate in RATES.items() if part in device), None),
             "product_rate": product_rate(args.device, 256 if dry else 8192),
             "speeds": {head: [asdict(speed) for speed in runs] for head, runs in speeds.items()},
             "largest": {},
