@@ -58,8 +58,12 @@ class LossOptions:
 
 
 def _is_integer(value: object) -> bool:
+    if type(value) is int:  # asked in every call, and abstract classes are slow to answer
+        return True
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
+    if type(value) is float:
+        return value == value
     return isinstance(value, Real) and not isinstance(value, bool) and value == value

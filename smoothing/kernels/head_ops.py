@@ -7,12 +7,11 @@ carry the smoothing term.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from smoothing.core.call import LossCall
 from smoothing.kernels import head_kernels
-from smoothing.kernels.triton_ops import COMPILER_OPTIONS, items_of, on_device
+from smoothing.kernels.triton_ops import COMPILER_OPTIONS, cdiv, items_of, on_device
 
 LABELLED_BLOCK = 1024  # labels that the one program looks at together
 BLOCK_T, BLOCK_H = 32, 128  # tokens and columns of a program
@@ -80,13 +79,13 @@ def gather(
     device, shape = hidden_TH.device, (first + count, hidden)
     states_NH = torch.empty(shape, dtype=call.input_dtype, device=device)
     scaled_NH = states_NH if weight_N is None else torch.empty_like(states_NH)
-    blocks = triton.cdiv(count, BLOCK_T)
+    blocks = cdiv(count, BLOCK_T)
     sums_PH = torch.empty(blocks, hidden, dtype=torch.float32, device=device) if summed else None
     share = torch.empty((), dtype=torch.float32, device=device)
     kind, number, tensor = ("number", 1.0, None) if weight_N is not None else items_of(call, items, device)
     hidden_TH = hidden_TH if hidden_TH.stride(1) == 1 else hidden_TH.contiguous()
     with on_device(hidden_TH):
-        head_kernels.gather_kernel[(blocks * triton.cdiv(hidden, BLOCK_H),)](
+        head_kernels.gather_kernel[(blocks * cdiv(hidden, BLOCK_H),)](
             hidden_TH,
             hidden_TH.stride(0),
             call.target if rows_N is None else rows_N,
@@ -123,7 +122,7 @@ def write_prior_rows(gathered: Gathered, tile_EK: Tensor, call: LossCall) -> Non
     blocks, hidden = gathered.sums_PH.shape
     rows, real_size = tile_EK.shape
     with on_device(tile_EK):
-        head_kernels.prior_rows_kernel[(triton.cdiv(hidden, BLOCK_H) + triton.cdiv(real_size, BLOCK_H),)](
+        head_kernels.prior_rows_kernel[(cdiv(hidden, BLOCK_H) + cdiv(real_size, BLOCK_H),)](
             gathered.sums_PH,
             gathered.scaled_NH,
             tile_EK,
@@ -167,7 +166,7 @@ def hidden_gradient(
     out_TH = torch.empty(leading.numel(), products_NH.shape[1], dtype=dtype, device=products_NH.device)
     count, hidden = out_TH.shape
     with on_device(products_NH):
-        head_kernels.hidden_gradient_kernel[(triton.cdiv(count, BLOCK_T) * triton.cdiv(hidden, BLOCK_H),)](
+        head_kernels.hidden_gradient_kernel[(cdiv(count, BLOCK_T) * cdiv(hidden, BLOCK_H),)](
             products_NH,
             call.target if position_T is None else position_T,
             call.target,
