@@ -25,6 +25,7 @@ from launch.data.prepared import EncodedData, damage, open_prepared
 from launch.data.preview.describe import describe_example
 from launch.data.read import Sources, sources_of
 from launch.data.records import DataError, DropReport
+from launch.data.sources.files import pinned
 from launch.data.stream import Stream
 from launch.data.streamed_rows import Streaming
 from launch.data.tokenizer import describe_tokenizer, load_tokenizer, train_once
@@ -51,6 +52,7 @@ def load_data(options: SftOptions, day: date | None = None) -> tuple[PreTrainedT
     tokenizer = load_tokenizer(options, Path(paths["pieces"]) if paths["pieces"] else None)
     data = open_prepared(Path(paths["rows"]), options.data_weights)
     if options.streaming:
+        sources = run_sources(replace(options, data=paths["streamed"]))
         encoder = make_encoder(options, tokenizer, date.fromisoformat(paths["day"]))
         data = replace(data, streaming=make_streaming(options, sources, data, encoder, paths["sources"]))
         say(f"data: streamed, and never prepared as a whole; what follows tells its first {FIRST_ROWS:,} rows")
@@ -102,6 +104,7 @@ def _prepare(options: SftOptions, sources: Sources, day: date | None) -> dict:
         "found": found,
         "pieces": pieces and str(pieces),
         "day": day.isoformat(),
+        "streamed": [*map(pinned, options.data or [])] if options.streaming else [],
         "sources": fingerprint({"sources": facts["sources"]}),
     }
 

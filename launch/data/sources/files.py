@@ -9,7 +9,7 @@ from launch.data.sources.compression import DAMAGED, SUFFIXES, compression_of, o
 from launch.data.sources.csv_files import csv_rows, tsv_rows
 from launch.data.sources.directory import files_of
 from launch.data.sources.fingerprint import fingerprint_of_files, quick_fingerprint_of_files
-from launch.data.sources.hub import HubName, hub_fingerprint, hub_name_problem, hub_rows, without_revision
+from launch.data.sources.hub import HubName, hub_fingerprint, hub_name_problem, hub_pinned, hub_rows, without_revision
 from launch.data.sources.json_files import json_rows
 from launch.data.sources.parquet_files import parquet_rows
 from launch.data.sources.saved import is_saved, saved_files, saved_rows
@@ -60,6 +60,11 @@ def name_of(source: str) -> str:
         return source if _as_path(source) is not None else without_revision(source)
     except DataError:  # it is told once the source is read
         return source
+
+
+def pinned(source: str) -> str:
+    """Return a name under which every rank reads the same: of a hub data set that with its commit."""
+    return hub_pinned(source) if _as_path(source) is None else source
 
 
 def _as_path(source: str) -> Path | None:

@@ -72,6 +72,13 @@ def hub_fingerprint(source: str) -> str:
         return f"{builder.hash} {builder.config_id} {HubName.of(source).split}"
 
 
+def hub_pinned(source: str) -> str:
+    """Return the name of a data set with the commit that this process reads. Raises DataError."""
+    with _explained(source):
+        whole, *rest = source.split(":")
+        return ":".join([f"{HubName.of(whole).name}@{_builder(source).hash}", *rest])
+
+
 def _dataset(
     builder: datasets.DatasetBuilder, split: str, streamed: bool
 ) -> datasets.Dataset | datasets.IterableDataset:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.config.options import SftOptions
 from launch.data.load import load_data
+from launch.data.prepared import EncodedData
 from launch.data.read import sources_of
 from launch.data.records import DataError, Record
 from launch.data.sources.files import iter_records, source_fingerprint
@@ -122,20 +123,27 @@ def test_a_stream_is_that_of_the_file_from_any_place_on(hub, start):
     assert without_nulls(places("owner/lines", start, 200)) == expected
 
 
-def digest_of(hub: Hub, source: str, streaming: bool = False) -> str:
+def loaded(hub: Hub, source: str, streaming: bool = False) -> EncodedData:
     options = SftOptions(data=[source], model=str(hub.folder / "owner/model"), data_workers=0, streaming=streaming)
-    return load_data(options)[1].digest
+    return load_data(options)[1]
+
+
+def digest_of(*of) -> str:
+    return loaded(*of).digest
 
 
 def test_a_changed_data_set_is_noticed_and_its_old_commit_can_be_named(hub, capsys):
     path = hub.folder / "owner/changing/train.jsonl"
     before = source_fingerprint("owner/changing")
-    prepared, streamed = digest_of(hub, "owner/changing"), digest_of(hub, "owner/changing", True)
+    prepared, streaming = digest_of(hub, "owner/changing"), loaded(hub, "owner/changing", True)
+    streamed = streaming.digest
     commit = before.split()[0]
     assert f"owner/changing has commit {commit}; --data owner/changing@{commit} reads" in capsys.readouterr().out
     path.write_bytes(jsonl(ROWS[:200]))
     assert source_fingerprint("owner/changing") == before and len(rows_of("owner/changing", True)) == 300
     builder_of.cache_clear()
+    (source,) = streaming.streaming.stream.sources  # of another rank, which asks the hub later
+    assert sum(isinstance(record, Record) for record in source.records()) == 300
     assert source_fingerprint("owner/changing") != before
     assert len(rows_of("owner/changing")) == len(rows_of("owner/changing", True)) == 200
     assert digest_of(hub, "owner/changing") != prepared and digest_of(hub, "owner/changing", True) != streamed
