@@ -48,11 +48,13 @@ from launch.process.signals import Stopped
 from launch.process.startup_errors import StartupErrors
 from launch.process.watchdog import Watchdog
 from launch.reporting.about import write_about
+from launch.reporting.model_card import model_card
 from launch.reporting.write import report_at_the_end
 from launch.run.checkpoints import reading
 from launch.run.directory import Run, open_run
 from launch.run.layout import layout
 from launch.run.started import first_day
+from launch.training.beginning import begin_as_rows
 from launch.training.export import export
 from launch.training.generation import stop_generation
 from launch.training.next_steps import next_steps
@@ -87,11 +89,13 @@ def main(argv: list[str], callbacks: Sequence[TrainerCallback] = ()) -> None:
             trainer = make_trainer(options, args, tokenizer, data, run, facts, watchdog, starting, callbacks)
             train(trainer, run)
         stop_generation(trainer.model, tokenizer, data.summary.stops)
+        begin_as_rows(tokenizer, data.summary.formats, data.train)
         write_samples(trainer, tokenizer, data.heldout, options.samples)
         watchdog.beat("exporting the model", storage=True)
         if reason := trainer.best_not_exported():
             say(reason)
-        model = export(trainer, tokenizer, args.output_dir, options.smoothing, options.merge_adapter)
+        card = model_card(trainer, tokenizer, data, options)
+        model = export(trainer, tokenizer, args.output_dir, options.smoothing, card, options.merge_adapter)
         say(f"model: {model}")
         adapter = options.lora_rank > 0 and not options.merge_adapter
         say(next_steps(run.path, model, trainer.state.global_step, adapter, options.load_in_4bit))

@@ -26,6 +26,7 @@ EVALUATION = "evaluation.json"
 
 CHECKPOINT = "checkpoint-{step}"
 MODEL = "model"
+MODEL_CARD = "README.md"  # in MODEL
 WEIGHTS = "*.safetensors"
 
 PARTIAL = ".partial"  # suffix of what is being written; it is renamed once it is whole

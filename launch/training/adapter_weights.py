@@ -20,7 +20,6 @@ def check_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
 def save_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write peft's files, and the generation configuration, whose stops were learned."""
     model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, not filled in
     if (generation := model.get_base_model().generation_config) is not None:
         generation.save_pretrained(folder)
 

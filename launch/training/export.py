@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from launch.common.paths import MODEL, MODEL_PARTIAL, SMOOTHING_PRIOR
+from launch.common.paths import MODEL, MODEL_CARD, MODEL_PARTIAL, SMOOTHING_PRIOR
 from launch.model.adapters import PEFT_PREFIX, is_adapted
 from launch.process.ranks import from_main
 from launch.run.checkpoints import flush
@@ -21,13 +21,15 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     output_dir: str,
     label_smoothing: float,
+    card: str,
     merge: bool = False,
 ) -> Path:
     """Write `output_dir/model` from all ranks' shards, whole or not at all. All ranks must call this.
 
     A whole model's configuration tells its label smoothing, and names the file of its prior where the run has one.
 
-    Of a model with adapters these are written alone, for peft; with `merge` a whole model that they are merged into.
+    `card` is its `README.md`. Of a model with adapters these are written alone, for peft; with `merge` a whole model
+    that they are merged into.
 
     Raises `RuntimeError` if a weight is missing or has another shape than in its configuration, and `UserError` if a
     weight has become infinite or NaN since training began.
@@ -68,6 +70,7 @@ def export(
             if prior.exists():
                 shutil.copy(prior, partial)
         tokenizer.save_pretrained(partial)
+        (partial / MODEL_CARD).write_text(card, encoding="utf-8")
         flush(partial)
         partial.rename(final)
 

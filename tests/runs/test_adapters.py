@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -151,13 +152,17 @@ def test_only_the_adapter_is_trained_and_exported(runs):
     assert len(weights) == 28 and not any("lm_head" in name for name in weights)
     assert {weight.shape[0 if "lora_A" in name else 1] for name, weight in weights.items()} == {4}
     assert sorted(path.name for path in (runs / "one/model").iterdir() if "token" not in path.name) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "generation_config.json",
     ]
-    found = AutoModelForCausalLM.from_pretrained(runs / "one/model")
     adapted = PeftModel.from_pretrained(base(runs), runs / "one/model")
-    torch.testing.assert_close(logits(found), logits(adapted))
+    for loader in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+        torch.testing.assert_close(logits(loader.from_pretrained(runs / "one/model")), logits(adapted))
+    card = ModelCard.load(runs / "one/model/README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)  # a path is no name on the hub
+    assert "LoRA of rank 4" in card.text and "--lora-modules tuned=MODEL" in card.text
     whole = AutoModelForCausalLM.from_pretrained(runs / "one-merged/model")
     assert torch.equal(whole.lm_head.weight, base(runs).lm_head.weight)
 
