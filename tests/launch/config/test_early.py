@@ -133,6 +133,17 @@ def test_words_of_other_tools_lead_to_flags_that_exist():
         ("class_weights", "class weights are not offered"),
         ("num_gpus", "stands before the script"),
         ("learning_rat", "'learning_rate'?"),
+        ("modle", "'model'?"),
+        ("cpu", "'use_cpu'?"),
+        ("eps", "'adam_epsilon'?"),
+        ("eval_only", "launch/evaluate.py --model DIR"),
+        ("subset", "'data'? (--data owner/name:config:split)"),
+        ("num_processes", "stands before the script"),
+        ("tokenizer_name", "the tokenizer is the model's own"),
+        ("flash_attention_2", "'attn_implementation'?"),
+        ("save_model", "; see --help"),  # and not save_only_model, which is refused
+        ("push", "nothing is uploaded"),
+        ("bits", "; see --help"),  # alike to short words that mean something else
         ("qqqq", "; see --help"),
     ],
 )
