@@ -14,9 +14,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.config.early import end_on_mistake
+from launch.process.place import take_place
 
 if __name__ == "__main__":
-    end_on_mistake(sys.argv[1:])
+    end_on_mistake(sys.argv[1:], take_place)
 
 from launch.process.environment import keep_quiet, share_cores
 from launch.process.launcher import follow_launcher

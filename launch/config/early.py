@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,14 +48,19 @@ class Flag(NamedTuple):
         return "list" in self.annotation
 
 
-def end_on_mistake(argv: Sequence[str]) -> None:
+def end_on_mistake(argv: Sequence[str], take_place: Callable[[], None]) -> None:
     """Exit with code 2 and a sentence if the flags have a mistake that can be told by now.
 
     The first rank tells it; another one only if it still lives, since the first did not have the same error.
+
+    Args:
+        argv: The flags.
+        take_place: Sets RANK, or raises `UserError`.
     """
     if HELP_FLAGS & set(argv):
         return
     try:
+        take_place()
         combine(argv, read)
     except UserError as error:
         rank = os.environ.get("RANK", "0")

@@ -4,6 +4,7 @@ import resource
 
 import torch
 
+from launch.common.messages import counted
 from launch.common.units import GIB
 
 
@@ -12,6 +13,17 @@ def uses_gpu() -> bool:
     from deepspeed.accelerator import get_accelerator  # slow to import, and not needed to read data
 
     return get_accelerator().device_name() == "cuda"
+
+
+def device_problem(local_rank: int) -> str | None:
+    """Return why a rank has no GPU of its own where ranks are on GPUs, or None."""
+    if not uses_gpu() or local_rank < torch.cuda.device_count():
+        return None
+    seen = counted(torch.cuda.device_count(), "GPU")
+    return (
+        f"LOCAL_RANK is {local_rank}, and this process sees {seen}: start as many ranks on a machine as it has GPUs, "
+        "and let each see them all (under SLURM --gpus-per-node, not --gpus-per-task)"
+    )
 
 
 def peak_memory_gib() -> float:

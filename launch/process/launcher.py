@@ -19,6 +19,7 @@ from typing import NamedTuple
 import psutil
 
 from launch.process.identity import alive, start_time
+from launch.process.place import is_rank
 
 Launchers = list[tuple[int, int | None]]  # process id and start time
 LOOK_SECONDS = 1.0
@@ -26,7 +27,7 @@ LOOK_SECONDS = 1.0
 
 def follow_launcher() -> None:
     """Watch the launcher from now on, in a thread, if this process was started as a rank."""
-    if "RANK" not in psutil.Process().environ():  # as it was when this process began
+    if not is_rank(psutil.Process().environ()):  # as it was when this process began
         return
     launchers, orphan = _launchers()
     threading.Thread(target=_follow, args=(launchers, orphan), daemon=True).start()

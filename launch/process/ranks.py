@@ -11,6 +11,7 @@ from launch.common.errors import UserError
 from launch.common.messages import printable
 from launch.process.device import uses_gpu
 from launch.process.network import choose_interface
+from launch.process.place import take_place
 
 
 def ensure_environment() -> None:
@@ -18,25 +19,15 @@ def ensure_environment() -> None:
 
     Raises `UserError` if this is one of several processes and the launcher does not tell which.
     """
+    take_place()
     if "RANK" not in os.environ:
-        _refuse_unknown_launcher()
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    # deepspeed sets LOCAL_SIZE, torchrun and accelerate set LOCAL_WORLD_SIZE
+    # deepspeed sets LOCAL_SIZE, all others LOCAL_WORLD_SIZE
     local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", local_size or os.environ["WORLD_SIZE"]))
     choose_interface(one_machine=world_size() == 1 or (local_size is not None and here == world_size()))
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here))))
     torch.set_num_threads(threads)
-
-
-def _refuse_unknown_launcher() -> None:
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise UserError(
-                f"{name} is {os.environ[name]}, but RANK, WORLD_SIZE and LOCAL_RANK are not set: each "
-                "would be a run of its own. Start them with torchrun, or once for all nodes with `deepspeed "
-                "--hostfile` and its own launcher (pdsh); srun and mpirun set none of these"
-            )
 
 
 def start_alone() -> None:

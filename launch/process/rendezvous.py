@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from launch.common.errors import UserError
+from launch.process.device import device_problem
 from launch.process.launcher import one_node_launch
 from launch.process.ranks import is_main, start_alone, world_size
 
@@ -28,8 +29,11 @@ def rendezvous() -> Iterator[None]:
     """Enter to start the process group in it, by the environment; a process that is alone has one then.
 
     Raises:
-        UserError: On the first rank, if the port is in use. The launcher ends the ranks that wait for its note.
+        UserError: On the first rank, if the port is in use; the launcher ends the ranks that wait for it. On a rank
+            that has no GPU of its own.
     """
+    if problem := device_problem(int(os.environ.get("LOCAL_RANK", "0"))):
+        raise UserError(problem)
     start_alone()
     note = None
     if world_size() > 1 and not dist.is_initialized():
@@ -74,7 +78,7 @@ def _listening(address: str, port: int) -> socket.socket:
         reason = "is in use, perhaps by another run" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
         raise UserError(
             f"port {port} of this machine {reason}: the ranks cannot meet there; name another, as in `deepspeed "
-            f"--master_port {port + 1} launch/sft.py ...`"
+            f"--master_port {port + 1} launch/sft.py ...`, or as MASTER_PORT for srun and mpirun"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Where gloo listens, how long collectives wait, and a process that nobody told which rank it is."""
+"""Where gloo listens, and how long collectives wait."""
 
 import os
 import socket
@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from launch.common.errors import UserError
 from launch.process.network import choose_interface, interface_towards, wait_longer_than
-from launch.process.ranks import ensure_environment
 from launch.process.watchdog import Watchdog
 from tests.support.ranks import Ranks
 
@@ -20,7 +18,7 @@ from tests.support.ranks import Ranks
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch):
     """What is set here is taken back."""
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "RANK"):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(c10d, "default_pg_timeout", c10d.default_pg_timeout)
@@ -80,10 +78,3 @@ def test_how_long_groups_wait(monkeypatch, limit, least):
     wait_longer_than(limit)
     for backend in ("nccl", "gloo"):
         assert c10d._get_default_timeout(backend).total_seconds() >= least
-
-
-@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_one_of_several_that_does_not_know_which(monkeypatch, name):
-    monkeypatch.setenv(name, "8")
-    with pytest.raises(UserError, match=f"{name} is 8, but RANK"):
-        ensure_environment()
