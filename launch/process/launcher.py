@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 def one_node_launch() -> Launch | None:
     """Return the launch that this rank belongs to, if it is `deepspeed`'s on one node and still runs."""
     parents = psutil.Process().parents()
-    for process, above in zip(parents, [*parents[1:], None], strict=True):
+    for process, above in zip(parents, [*parents, None][1:], strict=True):
         words = _words(process)
         if _starts_one_node(words):
             return Launch(process.pid, start_time(process.pid), _chooses_port(words, _words(above)))
