@@ -16,6 +16,7 @@ from launch.common.paths import RUNS
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions
 from launch.config.precision import accumulate_in_fp32, check_precision
+from launch.config.schedule import check_schedule
 from launch.config.training_arguments import SftTrainingArguments
 from launch.data.batches import PadToLongest
 from launch.data.packing import PadPacked
@@ -94,6 +95,7 @@ def check_arguments(options: SftOptions, args: SftTrainingArguments) -> None:
             "--train_sampling_strategy batch_rebalance is not supported: its order depends on the number of ranks, "
             "and it knows no --tp; use group_by_length"
         )
+    check_schedule(args)
     if options.streaming:
         check_streaming(args)
     if options.packing and args.train_sampling_strategy == "group_by_length":

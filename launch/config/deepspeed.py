@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.common.errors import UserError
 from launch.common.messages import counted
-from launch.config.deepspeed_file import check_file, read_file
+from launch.config.deepspeed_read import read_file
 from launch.config.options import SftOptions
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -98,11 +98,25 @@ def _built_in(options: SftOptions) -> dict:
     return json.loads((DS_CONFIGS / name).read_text())
 
 
-def _read(path: str, options: SftOptions) -> dict:
-    """The user's own file, with "auto" for what it leaves to the recipe, as in the built-in files."""
+def check_early(options: SftOptions, path: str | None, world_size: int) -> None:
+    """Raise the `UserError` of `deepspeed_config` if it can be told before DeepSpeed is imported."""
+    if path is None:
+        deepspeed_config(options, None, world_size)
+    else:
+        _read_json(path, options)
+
+
+def _read_json(path: str, options: SftOptions) -> dict:
     if path and (options.zero is not None or options.offload):
         raise UserError(f"--deepspeed {path} already sets the ZeRO stage; leave out --zero and --offload")
-    config = read_file(path)
+    return read_file(path)
+
+
+def _read(path: str, options: SftOptions) -> dict:
+    """The user's own file, with "auto" for what it leaves to the recipe, as in the built-in files."""
+    from launch.config.deepspeed_file import check_file  # imports DeepSpeed
+
+    config = _read_json(path, options)
     check_file(config, f"--deepspeed {path}")
     for key, value in json.loads((DS_CONFIGS / "zero0.json").read_text()).items():
         config.setdefault(key, value)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from pathlib import Path
 from typing import Any
 
 from deepspeed.comm.config import CommsLoggerConfig
@@ -15,9 +14,8 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from launch.common.errors import Reject, UserError
+from launch.common.errors import UserError
 from launch.common.messages import error_line
-from launch.common.strict_json import StrictDecoder
 from launch.config.deepspeed_sections import (
     AUTO,
     check_model,
@@ -46,23 +44,6 @@ UNSUPPORTED = {
     "bfloat16": "transformers, which fills in the precision, knows this section as bf16; rename it",
 }
 SECTION: dict[str, Any] = {}  # the default of a key that DeepSpeed reads only if it is present
-
-
-def read_file(path: str) -> dict:
-    """Read the file's JSON object. Raises `UserError` if it is not an object, or repeats a key."""
-    if not path:
-        raise UserError("--deepspeed is empty; name a file, or leave it out")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-        config, end, reject = StrictDecoder().decode_at(text)
-    except (OSError, ValueError, Reject) as error:
-        raise UserError(f"--deepspeed {path} is not a readable JSON file: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
-    if reject or text[end:]:
-        reason = reject or "there is text after the object"
-        raise UserError(f"--deepspeed {path} is not a readable JSON file: {reason}")
-    return config
 
 
 def check_file(config: dict, source: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from launch.common.errors import UserError
 from launch.common.messages import printable
+from launch.config.deepspeed import check_early
 from launch.config.hints import unknown_key
 from launch.config.settings import Source, combine, refuse
 
@@ -27,6 +28,8 @@ CLASSES = (
     ("launch/config/training_arguments.py", "SftTrainingArguments"),
     ("launch/config/options.py", "[A-Z][A-Za-z]*Flags"),
 )
+# where the values are that some flags have by name
+NAMED_VALUES = ("transformers/trainer_utils.py", "transformers/training_args.py")
 HELP_FLAGS = {"-h", "--help", "--help-all"}
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 NUMBERS = {"int": (int, "a whole number"), "float": (float, "a number")}
@@ -34,10 +37,11 @@ OTHERS_SECONDS = 3.0  # in which the launcher ends this rank if the first one ha
 
 
 class Flag(NamedTuple):
-    """A flag's annotation, and its choices if they are written out."""
+    """A flag's annotation, its choices if they are written out, and the values that transformers has names for."""
 
     annotation: str
     choices: tuple = ()
+    values: tuple = ()
 
     @property
     def kinds(self) -> set[str]:
@@ -61,7 +65,9 @@ def end_on_mistake(argv: Sequence[str], take_place: Callable[[], None]) -> None:
         return
     try:
         take_place()
-        combine(argv, read)
+        options, training_values = combine(argv, read)
+        if not options.sanity and not options.preview:
+            check_early(options, training_values.get("deepspeed"), int(os.environ.get("WORLD_SIZE", "1")))
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
@@ -125,8 +131,10 @@ def _value(name: str, flag: Flag, given: list[str], place: str) -> Any:
     if len(given) > 1:
         raise UserError(follows_no_flag(given[1]))
     (text,) = given
-    if flag.choices and text not in map(str, flag.choices):
-        raise UserError(f"{place}: --{name} must be one of {', '.join(map(str, flag.choices))}, got {text!r}")
+    choices = [str(choice) for choice in flag.choices or flag.values]
+    if choices and text not in choices:
+        unquoted = '; YAML reads no as false, so write "no"' if text == "false" and "no" in choices else ""
+        raise UserError(f"{place}: --{name} must be one of {', '.join(choices)}, got {text!r}{unquoted}")
     if flag.kinds == {"bool"}:
         if text.lower() not in TRUE + FALSE:
             raise UserError(f"{place}: --{name} must be true or false, got {text!r}")
@@ -143,6 +151,7 @@ def _value(name: str, flag: Flag, given: list[str], place: str) -> Any:
 def flags() -> dict[str, Flag]:
     """Return all flags by name."""
     found: dict[str, Flag] = {}
+    named = _named_values()
     for file, name in CLASSES:
         classes = [
             node for node in _parsed(file).body if isinstance(node, ast.ClassDef) and re.fullmatch(name, node.name)
@@ -150,8 +159,20 @@ def flags() -> dict[str, Flag]:
         for node in (line for holder in classes for line in holder.body):
             if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
                 continue
-            if not node.target.id.startswith("_"):
-                found[node.target.id] = Flag(ast.unparse(node.annotation), _choices(node.value))
+            flag, annotation = node.target.id, ast.unparse(node.annotation)
+            if not flag.startswith("_"):
+                values = found[flag].values if flag in found else named.get(annotation.split(" ")[0], ())
+                found[flag] = Flag(annotation, _choices(node.value), values)
+    return found
+
+
+def _named_values() -> dict[str, tuple]:
+    """Return the values of transformers' enumerations by their names."""
+    found: dict[str, tuple] = {}
+    for node in (line for file in NAMED_VALUES for line in _parsed(file).body):
+        if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["ExplicitEnum"]:
+            assigned = [line.value for line in node.body if isinstance(line, ast.Assign)]
+            found[node.name] = tuple(ast.literal_eval(value) for value in assigned)
     return found
 
 

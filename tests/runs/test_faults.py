@@ -219,11 +219,11 @@ os.chdir('/' if os.environ['RANK'] == '1' else {str(folder)!r})
 
 def test_a_value_that_a_library_refuses(folder):
     """On all ranks alike: reported once, as a user error, before anything is trained."""
-    values = LAYOUT | {"lr_scheduler_kwargs": '{"foo": 1}'}
+    values = LAYOUT | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"foo": 1}'}
     launch = ForkedLaunch(folder, "refused", values, "from launch.process import exit; exit.ALIKE_SECONDS = 60")
     said = failing(launch)
     assert launch.launcher.returncode == 2 and "Traceback" not in said
-    assert said.count("the run cannot start as configured: TypeError: ") == 1 and "argument 'foo'" in said
+    assert said.count("the run cannot start as configured: ValueError: ") == 1 and "foo" in said
     assert "foo" in (folder / "refused/traceback-0.txt").read_text()
     assert finish(ForkedLaunch(folder, "refused", LAYOUT)) and not (folder / "refused/traceback-0.txt").exists()
 

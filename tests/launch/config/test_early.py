@@ -66,6 +66,10 @@ MISTAKES = [
     (["--zero", "4"], "--zero must be one of 0, 1, 2, 3, got '4'"),
     (["--max_steps"], "--max_steps needs a value"),
     (["--eval_data", "a.jsonl", "b.jsonl"], "'b.jsonl' follows no flag"),
+    (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type must be one of linear, cosine, "),
+    (["--optim", "adam"], "--optim must be one of adamw_torch, adamw_torch_fused, "),
+    (["--eval_strategy", "never"], "--eval_strategy must be one of no, steps, epoch, got 'never'"),
+    (["--save_strategy", "Best"], "--save_strategy must be one of no, steps, epoch, best, got 'Best'"),
     (["--smoothing", "2"], "--smoothing must lie in [0, 1], got 2.0"),
     (["--learning_rate", "nan"], "--learning_rate must be a finite number of at least 0"),
     (["--label-smoothing-factor", "0.1"], "--smoothing is the only smoothing knob"),
@@ -96,6 +100,41 @@ except SystemExit as end:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert json.loads(done.stdout) == [2, []]
     assert done.stderr == "error: command line: unknown key 'epochs'; did you mean 'num_train_epochs'?\n"
+
+
+RANKS = [
+    (["--tp", "3"], "tensor parallelism 3 does not divide the 4 processes"),
+    (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json is not a readable JSON file"),
+    (["--deepspeed", SCRIPT], "expected a JSON object, got str"),
+    (["--deepspeed", str(ROOT / "ds_configs/zero2.json"), "--zero", "2"], "already sets the ZeRO stage"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), RANKS, ids=lambda value: str(value)[-30:])
+def test_mistakes_of_ranks_and_files(argv, words, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit) as end:
+        early.end_on_mistake(argv, lambda: None)
+    assert end.value.code == 2 and words in capsys.readouterr().err
+    early.end_on_mistake(["--tp", "3", "--sanity"], lambda: None)  # it starts ranks of its own
+
+
+def test_a_process_that_does_not_know_its_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+
+    def contradiction() -> None:
+        raise UserError("RANK is 0, but srun says 3")
+
+    with pytest.raises(SystemExit) as end:
+        early.end_on_mistake([], contradiction)
+    assert end.value.code == 2 and capsys.readouterr().err == "error: RANK is 0, but srun says 3\n"
+
+
+def test_a_no_that_yaml_reads_as_false(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: somewhere\neval_strategy: no\n")
+    with pytest.raises(UserError, match=r"recipe.yaml:2: .* got 'false'; YAML reads no as false, so write \"no\""):
+        parse_options(["--recipe", str(tmp_path / "recipe.yaml")])
 
 
 def test_a_mistake_in_a_recipe_is_told_with_its_line(tmp_path):
