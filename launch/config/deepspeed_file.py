@@ -43,6 +43,7 @@ UNSUPPORTED = {
     "sequence_parallel_size": "sequence parallelism is not supported here; leave it out",
     "bfloat16": "transformers, which fills in the precision, knows this section as bf16; rename it",
 }
+SENDS = {"wandb": "wandb", "comet": "comet_ml"}  # sections of trackers on a server: --report_to's name
 SECTION: dict[str, Any] = {}  # the default of a key that DeepSpeed reads only if it is present
 
 
@@ -55,6 +56,9 @@ def check_file(config: dict, source: str) -> None:
     for name in config:
         if name not in known:
             raise unknown_key(source, name, known.keys() - UNSUPPORTED.keys())
+    for name, tracker in SENDS.items():
+        if isinstance(section := config.get(name), dict) and section.get("enabled"):
+            raise UserError(f"{source}: {name}: leave it out, and give --report_to {tracker} on the command line")
     removed = _refusal({name: {} for name in config})
     if isinstance(removed, DeepSpeedConfigError):  # the names of features that DeepSpeed has removed, with the reason
         raise UserError(f"{source}: {error_line(removed)}")

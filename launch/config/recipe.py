@@ -21,7 +21,9 @@ NOT_IN_A_RECIPE = {"recipe", "sanity", "preview", "output_dir", "use_cpu", "data
     "data_cache",
 }
 # A recipe may come from somebody else. It never decides that a model's own code is run, or what leaves this machine.
-FLAGS_ONLY = ("trust_remote_code", "push_to_hub", "hub_token")
+FLAGS_ONLY = ("trust_remote_code", "push_to_hub", "hub_token", "trackio_space_id")
+LOCAL_TRACKERS = {"none", "tensorboard"}  # the others of --report_to send what they are told to a server
+NESTED_CODE = ("trust_remote_code", "auto_map", "attn_implementation", "_attn_implementation")
 
 
 def recipe_argv(recipe: dict[Any, Any], path: Path) -> list[str]:
@@ -50,6 +52,30 @@ def check_recipe_values(values: dict[str, Any], path: Path) -> None:
                 f"{path}: {name} is not accepted from a recipe, which may come from somebody else; remove it there "
                 f"and give --{name} on the command line"
             )
+    if sends := " ".join(sorted(_trackers(values.get("report_to")) - LOCAL_TRACKERS)):
+        raise UserError(
+            f"{path}: report_to {sends} sends a run's figures to a server, and is not accepted from a recipe; remove "
+            f"it there and give --report_to {sends} on the command line"
+        )
+    for name, value in values.items():
+        if found := _nested(value) & {*NESTED_CODE}:
+            raise UserError(f"{path}: {name} names {min(found)}, which can run code from a hub; remove it")
+
+
+def _trackers(report_to: str | list[str] | None) -> set[str]:
+    return {report_to} if isinstance(report_to, str) else set(report_to or [])
+
+
+def _nested(value: Any) -> set[str]:
+    """Return the keys of all mappings in a value, which may be JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):  # refused where it is read
+            return set()
+    inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    own = {key for key in value if isinstance(key, str)} if isinstance(value, dict) else set()
+    return own.union(*map(_nested, inside))
 
 
 def resolved(options: SftOptions, training: "TrainingArguments", deepspeed: str | None) -> dict[str, Any]:
@@ -60,6 +86,8 @@ def resolved(options: SftOptions, training: "TrainingArguments", deepspeed: str 
     changed = {name: value for name, value in training.to_dict().items() if defaults.get(name, MISSING) != value}
     values = asdict(options) | changed | {"deepspeed": deepspeed}
     left_out = {*NOT_IN_A_RECIPE, *FLAGS_ONLY}
+    if _trackers(values.get("report_to")) - LOCAL_TRACKERS:
+        left_out.add("report_to")
     return {name: v for name, v in values.items() if name not in left_out and v is not None and v != []}
 
 

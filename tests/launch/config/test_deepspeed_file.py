@@ -101,6 +101,8 @@ MISTAKES = [
     ({"gradient_clipping": "much"}, ("gradient_clipping must be a number", '"much"')),
     ({"steps_per_print": "auto"}, ("steps_per_print must be a number",)),
     ({"wall_clock_breakdown": "no"}, ("wall_clock_breakdown must be true or false",)),
+    ({"wandb": {"enabled": True}}, ("wandb", "--report_to wandb")),
+    ({"comet": {"enabled": True}}, ("comet", "--report_to comet_ml")),
     ({"pipeline": {"stages": 2}}, ("pipeline parallelism is not supported",)),
     ({"sequence_parallel_size": 2}, ("sequence parallelism is not supported",)),
     ({"elasticity": {"enabled": True}}, ("Elastic training has been removed",)),

@@ -73,6 +73,13 @@ def test_a_flag_may_run_code_and_the_recipe_of_the_run_does_not_keep_it(recipe):
     assert not again.trust_remote_code
 
 
+def test_a_flag_may_report_to_a_server_and_the_recipe_of_the_run_does_not_keep_it(recipe):
+    options, training = parse_options(["--report_to", "wandb"])
+    assert training["report_to"] == ["wandb"]
+    written = resolved(options, SftTrainingArguments(output_dir="here", use_cpu=True, **training), None)
+    assert "report_to" not in parse_options(["--recipe", recipe(**written)])[1]
+
+
 def test_every_shipped_recipe_parses():
     for path in DEFAULT_RECIPE.parent.glob("*.yaml"):
         options, _ = parse_options(["--recipe", str(path)])
@@ -117,6 +124,18 @@ def test_every_shipped_recipe_parses():
         ({"report_to": ["none", "--trust_remote_code"]}, ("report_to", "not one setting")),
         ({"push_to_hub": True}, ("push_to_hub", "command line")),
         ({"hub_token": "secret"}, ("hub_token", "command line")),
+        ({"report_to": "wandb"}, ("report_to wandb sends", "--report_to wandb on the command line")),
+        ({"report_to": ["tensorboard", "mlflow"]}, ("report_to mlflow sends",)),
+        ({"report_to": "all"}, ("report_to all sends",)),
+        ({"trackio_space_id": "me/space"}, ("trackio_space_id", "command line")),
+        (
+            {"model": None, "model_config": {"model_type": "llama", "auto_map": {"AutoConfig": "evil--x.Y"}}},
+            ("model_config names auto_map",),
+        ),
+        (
+            {"model": None, "model_config": {"model_type": "gemma3", "text_config": {"_attn_implementation": "a/b"}}},
+            ("model_config names _attn_implementation",),
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
