@@ -1,6 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+EVERYTHING := '.[train,test,lint,plot]'
+# where no GPU is (NVIDIA's, AMD's, WSL's): else each process of DeepSpeed looks for one, and warns that there is none
+ON_CPU := $(if $(wildcard /dev/nvidiactl /dev/kfd /dev/dxg),,DS_ACCELERATOR=cpu)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
@@ -15,13 +18,22 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), once, which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	@echo "1 of 2: torch, the largest download (some GB with CUDA)"
-	pip install --quiet --constraint constraints.txt torch setuptools
+	$(call installed,torch setuptools)
 	@echo "2 of 2: DeepSpeed, transformers, and what tests and checks need"
-	pip install --quiet --constraint constraints.txt --editable '.[train,test,lint,plot]'
+	$(call installed,--editable $(EVERYTHING))
 	@touch $(READY)
 
+# Every ten seconds the time since pip began, how much is installed, and what it does; what it said last, if it fails.
+define installed
+	@log=$(VENV)/pip.log; began=$$(date +%s); : > $$log; \
+	(while sleep 10; do echo "  $$(($$(date +%s) - began)) s, $$(du -sh $(VENV) | cut -f 1): $$(tail -n 1 $$log | cut -c 1-90)"; \
+	done) & watch=$$!; \
+	pip install --progress-bar off --constraint constraints.txt $(1) > $$log 2>&1; code=$$?; \
+	kill $$watch; [ $$code = 0 ] || tail -n 30 $$log; exit $$code
+endef
+
 train: setup ## Train the embedded default: a small Llama, a few minutes, no GPU needed (ARGS="--max_steps 50")
-	deepspeed --quiet launch/sft.py --smoothing 0.1 $(ARGS)
+	$(ON_CPU) deepspeed --quiet launch/sft.py --smoothing 0.1 $(ARGS)
 
 sanity: setup ## Check a run on one device before you start it (ARGS="--recipe recipes/...")
 	python launch/sft.py --sanity $(ARGS)
