@@ -120,12 +120,10 @@ def _resume(opened: _Opened, recipe: dict, last: Path | None, facts: dict, day: 
     before = {} if last is None else facts_of(last)
     changes = [] if last is None else check_facts(last, before, facts)
     settle(opened.path, recipe, last, day)
-    if opened.known:
-        say(
-            f"resuming from {last}"
-            if last
-            else f"{opened.path} holds no whole checkpoint: starting from the beginning"
-        )
+    if last is not None:
+        say(f"resuming from {last}")
+    elif opened.known:
+        say(f"{opened.path} holds no whole checkpoint: starting from the beginning")
     owed = before.get("evaluation_owed", False)
     if not changes:
         return Run(opened.path, last, evaluation_owed=owed)

@@ -289,6 +289,7 @@ def test_the_last_whole_checkpoint_of_another_run(run, tmp_path, capsys):
     """Its checkpoints stay as they are, whole or not: the run may be somebody else's, and may go on."""
     write_checkpoint(run, 10)
     assert open_run(str(tmp_path / "a"), RECIPE, str(run), FACTS).checkpoint == run / "checkpoint-10"
+    assert f"resuming from {run}/checkpoint-10" in capsys.readouterr().out
     (run / "checkpoint-10/latest").write_text("torn")
     assert open_run(str(tmp_path / "b"), RECIPE, str(run), FACTS).checkpoint == run / "checkpoint-4"
     assert f"{run}/checkpoint-10 is not whole: latest has 4 bytes" in capsys.readouterr().out
