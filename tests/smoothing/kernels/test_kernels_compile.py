@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from smoothing.core import agreement
 from smoothing.kernels import head_kernels, head_ops, triton_kernels, triton_ops
+from tests.support.cases import in_rotation
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 THREADS = 128  # four warps, Triton's default
@@ -148,19 +149,22 @@ def test_what_adds_statistics_up(ranks, tmp_path):
     assert (".f64" in binary.asm["ptx"]) == (ranks > 1)  # the masses of the ranks' shards travel so
 
 
-HEAD_KERNELS = {
-    "labelled_kernel": {"BLOCK": head_ops.LABELLED_BLOCK},
-    "gather_kernel": {"ITEMS": "tensor", "SELECTED": True, "WEIGHTED": True, "SUMMED": True},
-    "prior_rows_kernel": {"BLOCK_T": head_ops.PARTIALS, "BLOCK": head_ops.BLOCK_H},
-    "hidden_gradient_kernel": {"SELECTED": True, "WEIGHTED": True, "ROUNDED": True},
-}
+ALL, NONE = (dict.fromkeys(("SELECTED", "WEIGHTED", "SUMMED", "ROUNDED"), given) for given in (True, False))
+HEAD_KERNELS = [
+    ("labelled_kernel", {"BLOCK": head_ops.LABELLED_BLOCK}),
+    ("gather_kernel", {"ITEMS": "tensor"} | ALL),
+    ("gather_kernel", {"ITEMS": "number"} | NONE),
+    ("prior_rows_kernel", {"BLOCK_T": head_ops.PARTIALS, "BLOCK": head_ops.BLOCK_H}),
+    ("hidden_gradient_kernel", ALL),
+    ("hidden_gradient_kernel", NONE),
+]
 
 
-@pytest.mark.parametrize("name", HEAD_KERNELS)
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_what_is_around_the_products(name, capability, tmp_path):
+@pytest.mark.parametrize(("kernel", "capability"), in_rotation(HEAD_KERNELS, [90, 80, 90, 100]))
+def test_what_is_around_the_products(kernel, capability, tmp_path):
+    name, constants = kernel
     blocks = {"BLOCK_T": head_ops.BLOCK_T, "BLOCK_H": head_ops.BLOCK_H}
-    binary = compiled(getattr(head_kernels, name), Variant(capability=capability), **blocks | HEAD_KERNELS[name])
+    binary = compiled(getattr(head_kernels, name), Variant(capability=capability), **blocks | constants)
     code = instructions(binary.asm["cubin"], tmp_path)
     assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
     assert ".f64" not in binary.asm["ptx"]
@@ -168,8 +172,9 @@ def test_what_is_around_the_products(name, capability, tmp_path):
     assert name == "labelled_kernel" or "ld.global.v4.b32" in moved, moved
 
 
-def test_what_adds_the_losses_up(tmp_path):
-    more = {"ITEMS": "tensor", "EXPECTED": True, "FOUND": True, "BLOCK": triton_ops.SUM_BLOCK}
+@pytest.mark.parametrize("items", ["tensor", "number", "count"])
+def test_what_adds_the_losses_up(items, tmp_path):
+    more = {"ITEMS": items, "EXPECTED": True, "FOUND": True, "BLOCK": triton_ops.SUM_BLOCK}
     code = instructions(compiled(triton_kernels.sum_kernel, Variant(), **more).asm["cubin"], tmp_path)
     assert not any(re.match(r"(@\S+ )?(LDL|STL)\b", words) for _, words in code), "registers are spilt"
 
