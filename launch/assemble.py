@@ -164,6 +164,7 @@ def make_trainer(
         train, sampler = streamed_split(data.streaming, args, share, facts["rows_a_step"], token_id, beat)
     keep, args.save_total_limit = args.save_total_limit, None
     dtype = torch.bfloat16 if args.bf16 else torch.float32
+    say(f"model: {f'loading {options.model}' if options.model else 'drawing the weights of a new one'}")
     model = load_model(options, tokenizer, dtype, args.seed)
     prior = smoothing_prior(options, data, tokenizer, model, run.path)
     section = args.hf_deepspeed_config.config.get("tensor_parallel", {})

@@ -106,6 +106,7 @@ def main(argv: list[str], callbacks: Sequence[TrainerCallback] = ()) -> None:
 
 def train(trainer: SftTrainer, run: Run) -> None:
     """Train to the end. Raises `Stopped` after a signal, with a checkpoint written."""
+    say("setting up DeepSpeed and the optimizer; the first step finds memory, and on a GPU compiles kernels")
     with trainer.milestones.stop as stop, reading(run.checkpoint):
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if run.converted:

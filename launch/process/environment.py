@@ -26,6 +26,8 @@ def keep_quiet() -> None:
     # warnings of torch about DeepSpeed's calls, and of accelerate about the threads that ensure_environment sets
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+    # to bind a device, as it advises, fails with one rank (DeepSpeed's issue 8248); with several DeepSpeed does
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
