@@ -68,9 +68,13 @@ def test_small_copies(kind):
         assert model(input_ids=torch.arange(12).unsqueeze(0)).logits.isfinite().all()
 
 
-def test_what_cannot_be_tried_is_said():
+def test_what_cannot_be_tried_is_said(monkeypatch):
     class Own(type(model_of("llama"))):
         pass
 
     check = check_model_split(Own(config_of("llama", vocab_size=61, **SPECIAL)), SftOptions(tp=2), {}, SETTINGS)
     assert check.passed is None and check.figure == "not tried: the model has code of its own"
+    monkeypatch.setattr(model_split, "MOST_PARAMETERS", 0)
+    options = SftOptions(tp=2, model="base", lora_rank=4, lora_targets=["layers.2.mlp.up_proj"])
+    check = check_model_split(model_of("llama", num_hidden_layers=3), options, {}, SETTINGS)
+    assert check.passed is None and "has other layers: --lora_targets: no layer is named" in check.figure
