@@ -24,6 +24,7 @@ from launch.data.prepared import EncodedData
 from launch.data.sampler import EpochSampler
 from launch.data.splits import Split, heldout_split, streamed_split, training_split
 from launch.data.streamed_rows import Share, StreamedRows
+from launch.evaluation.calibration import Calibration
 from launch.model.adapters import with_adapter
 from launch.model.base_digest import base_digest
 from launch.model.four_bit import check_four_bit
@@ -47,6 +48,7 @@ from launch.training.packed_rows import PackedRowsApart
 from launch.training.stream_report import StreamReport
 from launch.training.trainer import SftTrainer
 from smoothing.hf import SmoothedLossCallback
+from smoothing.install import causal_lm
 
 
 def training_arguments(options: SftOptions, values: dict) -> tuple[SftOptions, SftTrainingArguments]:
@@ -177,6 +179,10 @@ def make_trainer(
     if options.packing and (problem := packing_problem(model)):
         raise UserError(problem)
     pad = PadToLongest(tokenizer.pad_token_id)
+    prior = None if prior is None else prior.to(args.device)
+    calibration = None
+    if options.eval_calibration:
+        calibration = Calibration(causal_lm(model), options.smoothing, options.tp, prior)
     trainer = SftTrainer(
         model=model,
         args=args,
@@ -191,9 +197,9 @@ def make_trainer(
         keep=keep,
         z_loss=options.z_loss,
         fused_head=options.head == "fused",
+        calibration=calibration,
         sampler=sampler,
     )
-    prior = None if prior is None else prior.to(args.device)
     add_callbacks(trainer, options, starting, prior, more)
     return trainer
 
@@ -215,7 +221,7 @@ def add_callbacks(
         trainer.watchdog,
         starting,
         Progress(),
-        MetricsFile(),
+        MetricsFile(trainer.calibration),
         ResolvedDeepSpeed(),
         *([SamplerEpoch(trainer.sampler)] if isinstance(trainer.sampler, EpochSampler) else []),
         *([PackedRowsApart(trainer)] if options.packing else []),

@@ -229,6 +229,10 @@ class RunFlags:
     )
     sanity: bool = field(default=False, metadata={"help": "Check this run on one device instead of starting it."})
     samples: int = field(default=3, metadata={"help": "Held-out prompts to complete and show at the end."})
+    eval_calibration: bool = field(
+        default=False,
+        metadata={"help": "Also measure at evaluations how far probabilities can be believed: ECE, Brier score, ..."},
+    )
     no_report: bool = field(default=False, metadata={"help": "Write no report.html at the end."})
     on_nonfinite: str = field(
         default="stop",

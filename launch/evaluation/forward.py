@@ -1,6 +1,6 @@
 """The numbers of every token of rows: forwards of a model whose vocabulary may be sharded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,11 @@ from launch.common.errors import UserError
 from launch.config.options import SftOptions
 from launch.data.batches import PadToLongest
 from launch.evaluation.figures import Tokens
+from launch.evaluation.numbers import batch_numbers, shifted
 from launch.model.load import load_model
 from launch.process.device import uses_gpu
 from launch.process.ranks import on_all_ranks, rank, world_size
-from smoothing import TokenNumbers, VocabShard, linear_token_numbers, token_numbers
 from smoothing.hf import exported_prior
-from smoothing.model.head_weight import is_sharded
-from smoothing.model.support import own_scale, own_softcap
 
 FIELDS = ("nll", "confidence", "correct", "entropy", "sum_square", "nll_at")
 
@@ -37,8 +35,6 @@ class Evaluator:
         self.vocab_size: int = self.model.get_output_embeddings().weight.shape[0]
         self._engine = _split(self.model, self.tp, bf16) if self.tp > 1 else None
         self.model = self.model.to(self.device).eval() if self._engine is None else self._engine.module.eval()
-        self.head = self.model.get_output_embeddings()
-        self.shard = VocabShard.of(self.head) if is_sharded(self.head) else None
         self.pad = PadToLongest(tokenizer.pad_token_id)
 
     @classmethod
@@ -56,7 +52,7 @@ class Evaluator:
         """Give the model's memory back."""
         if self._engine is not None:
             self._engine.destroy()
-        self.model = self._engine = self.head = None
+        self.model = self._engine = None
 
     def tokens(self, rows: Any, kinds: np.ndarray, **options: Any) -> tuple[Tokens, Tokens | None]:
         """Return the numbers of every token with a label, and those without the smoothing where `unsmooth` says so.
@@ -81,12 +77,14 @@ class Evaluator:
         """The numbers of the rows of this rank's group: row, label, and the fields, of each token."""
         groups, group = world_size() // self.tp, rank() // self.tp
         longest_first = np.argsort([-length for length in rows["length"]], kind="stable")[group::groups]
+        prior = None if self.prior is None else self.prior.to(self.device)
         parts = []
         for start in range(0, len(longest_first), self.batch_size):
             taken = longest_first[start : start + self.batch_size]
             batch: dict[str, Any] = self.pad([rows[int(index)] for index in taken])
-            target = torch.cat([batch["labels"][:, 1:], torch.full((len(taken), 1), -100)], 1).to(self.device)
-            numbers = self.numbers(batch["input_ids"], batch["attention_mask"], target, options)
+            target = shifted(batch["labels"]).to(self.device)
+            inputs = {key: batch[key].to(self.device) for key in ("input_ids", "attention_mask")}
+            numbers = batch_numbers(self.model, self.model, inputs | {"use_cache": False}, target, prior, **options)
             valid = numbers.valid
             where = torch.from_numpy(taken).to(self.device).unsqueeze(1).expand_as(target)
             each = [where, target, *(getattr(numbers, name) for name in FIELDS)]
@@ -96,58 +94,6 @@ class Evaluator:
         if not parts:
             raise UserError(f"there are {len(rows)} rows, fewer than the {groups} groups of ranks; start fewer")
         return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-
-    def _prior_of(self, shard: VocabShard | None) -> Tensor | None:
-        prior = None if self.prior is None else self.prior.to(self.device)
-        return prior if prior is None or shard is None else shard.part_of(prior)
-
-    @torch.no_grad()
-    def numbers(self, input_ids: Tensor, mask: Tensor, target: Tensor, options: dict) -> TokenNumbers:
-        """Return the numbers of one batch; the head computes them without its logits where it is a plain one."""
-        inputs = {"input_ids": input_ids.to(self.device), "attention_mask": mask.to(self.device)}
-        plain = is_sharded(self.head) or type(self.head) is torch.nn.Linear
-        if not plain or own_scale(self.model) != 1:
-            logits = self.model(**inputs, use_cache=False).logits
-            whole = self.shard is None or logits.shape[-1] == self.shard.vocab_size
-            shard = None if whole else self.shard
-            return token_numbers(logits, target, shard, smoothing_prior=self._prior_of(shard), **options)
-        found: list[TokenNumbers] = []
-
-        def in_place_of_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            bias, cap = self.head.bias, own_softcap(self.model)
-            found.append(
-                linear_token_numbers(
-                    hidden,
-                    self.head.weight,
-                    target,
-                    self.shard,
-                    bias=bias,
-                    logit_softcap=cap,
-                    smoothing_prior=self._prior_of(self.shard),
-                    **options,
-                )
-            )
-            return hidden.new_zeros(1, 1, 1)
-
-        with _forward(self.head, in_place_of_logits):
-            self.model(**inputs, use_cache=False)
-        return found[0]
-
-
-class _forward:
-    """Entered, another forward stands in for a module's own."""
-
-    def __init__(self, module: Any, forward: Callable[..., Tensor]):
-        self.module, self.forward = module, forward
-
-    def __enter__(self) -> None:
-        self.own = vars(self.module).get("forward")
-        self.module.forward = self.forward
-
-    def __exit__(self, *_: object) -> None:
-        del self.module.forward
-        if self.own is not None:
-            self.module.forward = self.own
 
 
 def _split(model: Any, tp: int, bf16: bool) -> Any:

@@ -18,7 +18,7 @@ from launch.run.checkpoints import facts_of
 # computation is laid out over ranks (`check_facts` compares that).
 # fmt: off
 FREE = {
-    "logging_steps", "no_report", "report_to", "samples", "run_name", "disable_tqdm", "log_level",
+    "logging_steps", "no_report", "eval_calibration", "report_to", "samples", "run_name", "disable_tqdm", "log_level",
     "eval_steps", "eval_strategy", "eval_on_start", "do_eval", "per_device_eval_batch_size",
     "save_steps", "save_strategy", "save_total_limit", "resume_from_checkpoint", "stall_timeout", "on_nonfinite",
     "max_steps", "num_train_epochs",

@@ -12,6 +12,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from launch.common.atomic_files import write_whole
 from launch.common.paths import DEEPSPEED, METRICS
+from launch.evaluation.calibration import Calibration
+from launch.evaluation.draw import said
 
 METRICS_OF_LOGS = {
     "loss": "loss",
@@ -29,6 +31,7 @@ METRICS_OF_LOGS = {
     "eval_accuracy": "eval_accuracy",
     "eval_label_tokens": "eval_label_tokens",
 }
+TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 class ResolvedDeepSpeed(TrainerCallback):
@@ -48,10 +51,16 @@ def finite(value: float) -> float | None:
 class MetricsFile(TrainerCallback):
     """Appends one JSON object to `metrics.jsonl` for every logged step and every evaluation."""
 
+    def __init__(self, calibration: Calibration | None = None):
+        self.calibration = calibration
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and ("loss" in logs or "eval_nll" in logs):
             row = {name: finite(logs[key]) for key, name in METRICS_OF_LOGS.items() if key in logs}
             row = {"step": state.global_step} | row
+            if self.calibration is not None and "eval_ece_equal_mass" in logs:
+                row |= {key: finite(logs[key]) for key in logs if key.startswith("eval_") and key not in TIMES}
+                row["eval_reliability"] = self.calibration.bins
             with (Path(args.output_dir) / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -91,6 +100,8 @@ class Progress(ProgressCallback):
                 f"step {state.global_step:>5}/{state.max_steps}  held out: eval_nll {logs['eval_nll']:.4f}  "
                 f"accuracy {logs['eval_accuracy']:.1%}  over {logs['eval_label_tokens']:,} label tokens"
             )
+            if "eval_ece_equal_mass" in logs:
+                line += "  " + ", ".join(said({key.removeprefix("eval_"): value for key, value in logs.items()})[:2])
         else:
             return
         self.training_bar.write(line) if self.training_bar is not None else print(line, flush=True)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from smoothing import TokenStats
+from smoothing import TokenNumbers, TokenStats
 
 
 class Means(NamedTuple):
@@ -44,7 +44,13 @@ class TokenMeter:
 
     def add(self, stats: TokenStats) -> None:
         """Add the statistics of one forward."""
-        parts = (stats.nll, stats.correct, stats.lse.square(), stats.valid)
+        self._add(stats.nll, stats.correct, stats.lse.square(), stats.valid)
+
+    def add_numbers(self, numbers: TokenNumbers) -> None:
+        """Add the numbers of one forward, which have no lse."""
+        self._add(numbers.nll, numbers.correct, torch.zeros_like(numbers.nll), numbers.valid)
+
+    def _add(self, *parts: torch.Tensor) -> None:
         now = torch.stack([part.sum(dtype=torch.float64) for part in parts])
         self.sums = now if self.sums is None else self.sums + now
 

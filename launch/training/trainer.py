@@ -13,6 +13,7 @@ from launch.common.errors import UserError
 from launch.common.library_patches import name_defaults
 from launch.common.paths import CHECKPOINT
 from launch.config.limits import BEST_METRICS
+from launch.evaluation.calibration import Calibration
 from launch.model.attention_mask import padding_is_unseen
 from launch.process.device import peak_memory_gib
 from launch.process.ranks import from_main, is_main, on_all_ranks, say, world_size
@@ -41,6 +42,7 @@ class SftTrainer(TrainerWithHooks):
         keep: How many checkpoints stay (--save_total_limit). `args.save_total_limit` must be None: Trainer would also
             remove all but the best one at the end, before the model is exported.
         fused_head: Whether tokens without a label stay out of the head.
+        calibration: Measures evaluations in the place of the loss; None: only nll and accuracy are.
     """
 
     def __init__(
@@ -53,11 +55,12 @@ class SftTrainer(TrainerWithHooks):
         keep: int | None,
         z_loss: float = 0.0,
         fused_head: bool = True,
+        calibration: Calibration | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.nonfinite, self.watchdog, self.milestones = nonfinite, watchdog, milestones
-        self.facts, self.keep, self.z_loss = facts, keep, z_loss
+        self.facts, self.keep, self.z_loss, self.calibration = facts, keep, z_loss, calibration
         self.not_finite = set().union(*on_all_ranks(lambda: not_finite(self.model.named_parameters())))
         self.train_meter, self.eval_meter = TokenMeter(), TokenMeter()
         self._last_log, self._eval_seconds = time.monotonic(), 0.0
@@ -109,6 +112,10 @@ class SftTrainer(TrainerWithHooks):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         self._take_unused(inputs)
+        if self.calibration is not None:
+            with self.compute_loss_context_manager():
+                self.eval_meter.add_numbers(self.calibration.add(model, self._prepare_inputs(inputs)))
+            return None, None, None
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _take_unused(self, inputs: dict) -> None:
@@ -192,12 +199,16 @@ class SftTrainer(TrainerWithHooks):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         start = time.monotonic()
         self.eval_meter.reset()
+        if self.calibration is not None:
+            self.calibration.reset()  # of an evaluation that a signal has cut
         here = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(here):  # so that training is the same with and without evaluations
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.eval_meter.read(self.get_tp_size(), self.args.device)
         # Trainer's own eval_loss is a mean of batch means, which depends on how rows are grouped into batches
         output.metrics.pop(f"{metric_key_prefix}_loss", None)
+        more = {} if self.calibration is None else self.calibration.figures()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in more.items()})
         output.metrics[f"{metric_key_prefix}_nll"] = means.nll
         output.metrics[f"{metric_key_prefix}_accuracy"] = means.accuracy
         output.metrics[f"{metric_key_prefix}_label_tokens"] = means.labels

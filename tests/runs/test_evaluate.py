@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoothing import unsmooth
 from tests.support.data import prepared
+from tests.support.launches import COMMON
 from tests.support.processes import ROOT, environment, launcher
-from tests.support.small_run import VOCAB, write_data, write_model
+from tests.support.small_run import VOCAB, flags, launch_many, metrics, write_data, write_model
 
 KEYS = {
     "nll",
@@ -74,6 +75,25 @@ def test_two_ranks_agree_with_one(evaluations):
     for one, other in [(alone, two), *((alone[part], two[part]) for part in ("after_temperature", "unsmoothed"))]:
         for key in KEYS:  # nll is flat where it is least
             assert other[key] == pytest.approx(one[key], abs=1e-4 if key == "temperature" else 1e-6), key
+
+
+def test_evaluations_in_training_have_the_same_figures(evaluations):
+    folder, alone, _ = evaluations
+    values = {"model": folder / "model-tied", "data": folder / "train.jsonl", "eval_data": folder / "heldout.jsonl"}
+    values |= {"output_dir": folder / "trained", "tp": 2, "max_steps": 1, "save_strategy": "no"}
+    values |= {"warmup_steps": 0, "smoothing_prior": folder / "model-tied" / "smoothing_prior.safetensors"}
+    evaluated = {"eval_calibration": True, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1}
+    launch_many(folder, 2, [flags(COMMON | values | evaluated)])
+    before, after = [row for row in metrics(folder / "trained") if "eval_nll" in row]
+    for prefix, part in (("eval_", alone), ("eval_unsmoothed_", alone["unsmoothed"])):
+        for key in KEYS:
+            tolerance = 1e-4 if key == "temperature" else 1e-6
+            assert before[prefix + key] == pytest.approx(part[key], abs=tolerance), prefix + key
+    bins = before["eval_reliability"]
+    assert bins["tokens"] == alone["reliability"]["tokens"]
+    for name in ("confidence", "accuracy"):
+        assert bins[name] == pytest.approx(alone["reliability"][name], abs=1e-6)
+    assert after["eval_nll"] != before["eval_nll"] and after["eval_reliability"] != bins
 
 
 def test_figures_are_those_of_the_models_logits(evaluations):
