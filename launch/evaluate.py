@@ -23,8 +23,11 @@ from launch.common.atomic_files import write_whole
 from launch.common.errors import UserError
 from launch.common.library_patches import skip_shared_memory_op
 from launch.common.paths import EVALUATION
-from launch.data.load import load_data
+from launch.config.columns import column_names
+from launch.data.examples.columns import Columns
+from launch.data.load import load_data, run_sources
 from launch.data.tokenizer import load_tokenizer
+from launch.evaluation.choices import with_choices
 from launch.evaluation.draw import draw
 from launch.evaluation.forward import Evaluator, kinds_of
 from launch.evaluation.options import EvaluationOptions, parse
@@ -45,7 +48,8 @@ def main(argv: list[str]) -> None:
 
     with rendezvous():
         deepspeed.init_distributed(verbose=False)
-    tokenizer, data = load_data(run_options)
+    columns = Columns(column_names(run_options.columns))
+    tokenizer, data = load_data(run_options, sources=with_choices(run_sources(run_options), columns))
     if options.base is not None:
         on_all_ranks(lambda: check_tokenizer(options, tokenizer))
     evaluation = figures_of(options, options.model, tokenizer, data, options.smoothing)
@@ -84,7 +88,7 @@ def check_tokenizer(options: EvaluationOptions, tokenizer) -> None:
 
 def drawn(evaluation: dict, options: EvaluationOptions) -> str:
     try:
-        return str(draw(evaluation, options.output_dir))
+        return ", ".join(str(path) for path in draw(evaluation, options.output_dir))
     except ImportError:
         return "no diagram, which needs matplotlib (pip install matplotlib)"
 

@@ -106,6 +106,8 @@ class UnsmoothLogits(LogitsProcessor):
     """Takes the smoothing out of the probabilities that `generate` samples from: `logits_processor=[...]`.
 
     Greedy and beam search choose by order, which a uniform prior keeps; sampling meets fewer unlikely tokens.
+    `generate` applies it before temperature, top-k and top-p, as it must be: what they leave is no smoothed
+    distribution. In a list of processors of your own put it before any that changes logits, such as a penalty.
 
     Args:
         label_smoothing: ε that the model was trained with, in [0, 1).

@@ -37,15 +37,18 @@ FIRST_ROWS = 2000  # of each source that is streamed: prepared, so that the log 
 STREAMING_WORKERS = 2  # of a rank: fewer would never encode while the rank trains
 
 
-def load_data(options: SftOptions, day: date | None = None) -> tuple[PreTrainedTokenizerBase, EncodedData]:
+def load_data(
+    options: SftOptions, day: date | None = None, sources: Sources | None = None
+) -> tuple[PreTrainedTokenizerBase, EncodedData]:
     """Load the tokenizer and the encoded rows; print what was found and dropped, and one row with its label mask.
 
     The rows are prepared on the first rank of each machine, unless an earlier run has done so. `day` is the date that
     a chat template is told: the day on which the run was first started, so that a resumed run has the same rows.
+    `sources` are read in the place of those that the options name.
 
     Collectives: those of `once_a_machine`.
     """
-    sources = run_sources(options)
+    sources = sources or run_sources(options)
     if options.streaming:
         options = replace(options, max_rows=FIRST_ROWS)
     paths = json.loads(once_a_machine(lambda: json.dumps(_prepare(options, sources, day)), "preparing the data"))

@@ -9,6 +9,7 @@ import numpy as np
 
 BINS = 15
 RESAMPLES = 1000
+POINTS = 50  # of a curve that is drawn
 TIE_DIGITS = 6  # confidences that differ by less are ties: fp32 gives them another order on other ranks
 LEVELS = (0.025, 0.975)
 
@@ -54,8 +55,8 @@ def resampled(tokens: Tokens, temperatures: tuple[float, ...], counts: np.ndarra
     order = np.round(tokens.confidence, TIE_DIGITS)
     correct = mean_of_ties(order, tokens.correct)
     by_mass, by_width = equal_mass_bins(order), equal_width_bins(tokens.confidence)
-    mass_gap, share = _gaps(means, by_mass, tokens.confidence, correct)
-    width_gap, width_share = _gaps(means, by_width, tokens.confidence, tokens.correct)
+    mass_gap, mass_accuracy, share = _gaps(means, by_mass, tokens.confidence, correct)
+    width_gap, _, width_share = _gaps(means, by_width, tokens.confidence, tokens.correct)
     accuracy, confidence = means(tokens.correct), means(tokens.confidence)
     nll = means(tokens.nll)
     return {
@@ -68,6 +69,10 @@ def resampled(tokens: Tokens, temperatures: tuple[float, ...], counts: np.ndarra
         "ece_equal_width": (width_share * np.abs(width_gap)).sum(1),
         "maximum_calibration_error": np.abs(mass_gap).max(1),
         "brier": means(tokens.brier),
+        "brier_top_label": means(tokens.confidence * (tokens.confidence - 2 * tokens.correct) + tokens.correct),
+        "brier_reliability": (share * mass_gap**2).sum(1),
+        "brier_resolution": (share * (mass_accuracy - accuracy[:, None]) ** 2).sum(1),
+        "brier_uncertainty": accuracy * (1 - accuracy),
         "entropy": means(tokens.entropy),
         "aurc": aurc(order, tokens.correct, counts[:, tokens.row]),
         "temperature": fitted(np.stack([means(column) for column in tokens.nll_at.T], 1), temperatures),
@@ -100,12 +105,14 @@ class _Means:
 
 def _gaps(
     means: _Means, bins: np.ndarray, confidence: np.ndarray, correct: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence minus accuracy of each bin, and its share of the tokens, `[B, BINS]`."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence minus accuracy of each bin, its accuracy, and its share of the tokens, `[B, BINS]`."""
     held = [(bins == index).astype(float) for index in range(BINS)]
     tokens = np.stack([means.sums(inside) for inside in held], 1)
     gap = np.stack([means.sums(inside * (confidence - correct)) for inside in held], 1)
-    return gap / np.maximum(tokens, 1), tokens / means.tokens[:, None]
+    right = np.stack([means.sums(inside * correct) for inside in held], 1)
+    many = np.maximum(tokens, 1)
+    return gap / many, right / many, tokens / means.tokens[:, None]
 
 
 def equal_mass_bins(confidence: np.ndarray) -> np.ndarray:
@@ -142,6 +149,15 @@ def aurc(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> np
         errors = np.repeat(error, weight[order])
         areas.append((np.cumsum(errors) / np.arange(1, len(errors) + 1)).mean())
     return np.array(areas)
+
+
+def risk_coverage(tokens: Tokens) -> dict[str, list[float]]:
+    """Return the error of the most confident tokens, over which share of all they are, for a diagram."""
+    confidence = np.round(tokens.confidence, TIE_DIGITS)
+    order = np.argsort(-confidence, kind="stable")
+    error = np.cumsum(1 - mean_of_ties(confidence, tokens.correct)[order])
+    taken = np.unique(np.ceil(np.linspace(0, 1, POINTS + 1)[1:] * len(order)).astype(int))
+    return {"coverage": (taken / len(order)).tolist(), "error": (error[taken - 1] / taken).tolist()}
 
 
 def fitted(nll_BG: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from launch.evaluation.draw import Colours, panel, said
+from launch.evaluation.draw import Colours, panel, risk_lines, said
 from launch.evaluation.report import columns
-from launch.reporting.charts import ACCENT, INK, QUIET, Chart, Line, drawn, line_chart
+from launch.reporting.charts import ACCENT, INK, QUIET, SIZE, Chart, Line, drawn, line_chart
 from launch.reporting.read import RunFiles
 
 PANEL = (2.9, 3.05)
@@ -81,7 +81,21 @@ def reliability(runs: Sequence[RunFiles]) -> list[Chart]:
 
             about = f"{', '.join(said(figures))}; {about}"
             charts.append(Chart(name, about, drawn(draw, f"reliability {name}", PANEL)))
-    return charts[:MOST_PANELS]
+    return charts[:MOST_PANELS] + [chart for run in runs for chart in _risk(run, len(runs) > 1)]
+
+
+def _risk(run: RunFiles, named: bool) -> list[Chart]:
+    """The chart of risk over coverage, if `launch/evaluate.py` has measured it."""
+    parts = columns(run.evaluation) if run.evaluation else {}
+    parts = {title: figures for title, figures in parts.items() if figures.get("risk_coverage")}
+    if not parts:
+        return []
+
+    def draw(axis: Any) -> None:
+        risk_lines(axis, parts, (INK, ACCENT, QUIET, ACCENT))
+
+    title = f"{run.name}: risk and coverage" if named else "Risk and coverage"
+    return [Chart(title, "what is wrong among the surest predictions", drawn(draw, title, SIZE))]
 
 
 def _measured(run: RunFiles) -> Iterator[tuple[str, str, dict]]:

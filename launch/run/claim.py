@@ -26,6 +26,7 @@ from launch.common.paths import (
     TENSORBOARD,
     WEIGHTS,
 )
+from launch.model.adapters import ADAPTER_CONFIG
 from launch.process.ranks import rank
 from launch.run.checkpoints import checkpoints
 from launch.run.compare import check_recipe
@@ -124,7 +125,8 @@ def _lock(path: Path) -> None:
 def is_finished(path: Path) -> bool:
     """Return whether the run has exported its model. Raises `UserError` if what lies there is not a whole one."""
     model = path / MODEL
-    if model.exists() and not ((model / "config.json").is_file() and list(model.glob(WEIGHTS))):
+    described = any((model / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    if model.exists() and not (described and list(model.glob(WEIGHTS))):
         raise UserError(f"{model} is not a complete model (config.json and {WEIGHTS}): remove it, and start again")
     return model.exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import GenerationConfig
 
 
 def check_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
@@ -18,10 +19,15 @@ def check_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def save_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write peft's files, and the generation configuration, whose stops were learned."""
+    """Write peft's files, and the generation configuration: the stops that were learned, and `label_smoothing`.
+
+    A config.json would keep transformers from taking the folder for an adapter.
+    """
     model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
-    if (generation := model.get_base_model().generation_config) is not None:
-        generation.save_pretrained(folder)
+    base = model.get_base_model()
+    generation = copy.deepcopy(base.generation_config or GenerationConfig())
+    generation.label_smoothing = base.config.label_smoothing
+    generation.save_pretrained(folder)
 
 
 def merged(model: PeftModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

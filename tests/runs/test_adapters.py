@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.support.small_run import flags, launch_many, metrics, write_data, write_model
 
@@ -160,6 +160,7 @@ def test_only_the_adapter_is_trained_and_exported(runs):
     adapted = PeftModel.from_pretrained(base(runs), runs / "one/model")
     for loader in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
         torch.testing.assert_close(logits(loader.from_pretrained(runs / "one/model")), logits(adapted))
+    assert GenerationConfig.from_pretrained(runs / "one/model").label_smoothing == COMMON["smoothing"]
     card = ModelCard.load(runs / "one/model/README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", None)  # a path is no name on the hub
     assert "LoRA of rank 4" in card.text and "--lora-modules tuned=MODEL" in card.text
@@ -177,8 +178,8 @@ def test_resume_is_exact(runs, name):
     before = adapter(run)
     (run / "model").rename(run / "model-before")
     (run / "checkpoint-4").rename(run / "set-aside")
-    printed = launch_many(runs, RUNS[name][0], [arguments(runs, name)], before=NOTHING_FROZEN)
-    assert "checkpoint-2" in printed
+    printed = launch_many(runs, RUNS[name][0], [arguments(runs, name)] * 2, before=NOTHING_FROZEN)
+    assert "checkpoint-2" in printed and "is finished" in printed
     if name == "one-resumed":
         _refuses_another_base(runs, run)
     after = adapter(run)

@@ -29,8 +29,12 @@ KEYS = {
 }
 
 
+QUESTIONS = [("What is 3 + 4?", ["7", "Add 4 to get 7.", "12"], 1), ("What is 40 + 5?", ["45", "54"], 0)]
+
+
 def evaluated(folder, start: list[str], name: str, *flags: str) -> dict:
-    given = ["--model", "model-tied", "--data", "heldout.jsonl", "--max_length", "96", "--output_dir", name, *flags]
+    data = ["--data", "heldout.jsonl", "questions.jsonl"]
+    given = ["--model", "model-tied", *data, "--max_length", "96", "--output_dir", name, *flags]
     done = subprocess.run(
         [*start, str(ROOT / "launch/evaluate.py"), *given],
         cwd=folder,
@@ -40,7 +44,8 @@ def evaluated(folder, start: list[str], name: str, *flags: str) -> dict:
         timeout=300,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert (folder / name / "reliability.png").stat().st_size > 10_000
+    for figure in ("reliability", "risk-coverage", "by-class", "answers-reliability", "answers-risk-coverage"):
+        assert (folder / name / f"{figure}.png").stat().st_size > 10_000
     return json.loads((folder / name / "evaluation.json").read_text())
 
 
@@ -52,6 +57,8 @@ def prior() -> torch.Tensor:
 def evaluations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     write_data(folder)
+    rows = [{"question": q, "choices": choices, "answer": right} for q, choices, right in QUESTIONS]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = write_model(folder, tied=True)
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
@@ -65,21 +72,27 @@ def evaluations(tmp_path_factory):
 
 def test_every_figure_has_its_interval(evaluations):
     _, alone, two = evaluations
-    for part in (alone, alone["after_temperature"], alone["unsmoothed"], alone["base"]):
+    parts = (alone, alone["after_temperature"], alone["unsmoothed"], alone["base"], alone["answers"])
+    for part in (*parts, alone["unsmoothed"]["answers"], *alone["by_class"].values()):
         assert all(isinstance(part[key], float) and len(part[f"{key}_interval"]) == 2 for key in KEYS)
     assert alone["label_smoothing"] == 0.1 and two["base"] is None
 
 
 def test_two_ranks_agree_with_one(evaluations):
     _, alone, two = evaluations
-    for one, other in [(alone, two), *((alone[part], two[part]) for part in ("after_temperature", "unsmoothed"))]:
+    for part in ("", "after_temperature", "unsmoothed", "answers"):
+        one, other = (alone[part], two[part]) if part else (alone, two)
         for key in KEYS:  # nll is flat where it is least
             assert other[key] == pytest.approx(one[key], abs=1e-4 if key == "temperature" else 1e-6), key
 
 
 def test_evaluations_in_training_have_the_same_figures(evaluations):
     folder, alone, _ = evaluations
-    values = {"model": folder / "model-tied", "data": folder / "train.jsonl", "eval_data": folder / "heldout.jsonl"}
+    values = {"model": folder / "model-tied", "data": folder / "train.jsonl", "eval_data": folder / "same.jsonl"}
+    right = [{"question": question, "answer": choices[right]} for question, choices, right in QUESTIONS]
+    (folder / "same.jsonl").write_text(
+        (folder / "heldout.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in right)
+    )
     values |= {"output_dir": folder / "trained", "tp": 2, "max_steps": 1, "save_strategy": "no"}
     values |= {"warmup_steps": 0, "smoothing_prior": folder / "model-tied" / "smoothing_prior.safetensors"}
     evaluated = {"eval_calibration": True, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1}
@@ -100,17 +113,35 @@ def test_figures_are_those_of_the_models_logits(evaluations):
     folder, alone, _ = evaluations
     model = AutoModelForCausalLM.from_pretrained(folder / "model-tied").double()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model-tied")
-    rows = prepared(str(folder / "heldout.jsonl"), tokenizer, max_length=96, fraction=0.0).train
-    nll, right, without = [], [], []
-    for row in rows:
-        labels = torch.tensor(row["labels"])[1:]
-        with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        log_probs = unsmooth(logits.log_softmax(-1), 0.1, prior=prior())
-        without += F.nll_loss(log_probs, labels, reduction="none")[labels != -100].tolist()
-        nll += F.cross_entropy(logits, labels, reduction="none")[labels != -100].tolist()
-        right += (logits.argmax(-1) == labels)[labels != -100].tolist()
-    assert (alone["rows"], alone["label_tokens"]) == (7, len(nll))
+
+    def of_rows(name: str) -> list[tuple[torch.Tensor, ...]]:
+        """nll, correctness, and unsmoothed nll of the label tokens of each row."""
+        found = []
+        for row in prepared(str(folder / name), tokenizer, max_length=96, fraction=0.0).train:
+            labels = torch.tensor(row["labels"])[1:]
+            with torch.no_grad():
+                logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            log_probs = unsmooth(logits.log_softmax(-1), 0.1, prior=prior())
+            numbers = (
+                F.cross_entropy(logits, labels, reduction="none"),
+                (logits.argmax(-1) == labels).double(),
+                F.nll_loss(log_probs, labels, reduction="none"),
+            )
+            found.append(tuple(x[labels != -100] for x in numbers))
+        return found
+
+    tokens, answers = of_rows("heldout.jsonl"), []
+    for question, choices, right in QUESTIONS:
+        rows = [{"question": question, "answer": choice} for choice in choices]
+        (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        each = of_rows("choices.jsonl")
+        tokens.append(each[right])
+        scores = torch.stack([-nll.sum() for nll, _, _ in each])
+        answers.append(F.cross_entropy(scores, torch.tensor(right)).item())
+    assert alone["answers"]["questions"] == 2
+    assert alone["answers"]["nll"] == pytest.approx(sum(answers) / 2, rel=1e-5)
+    nll, right, without = (torch.cat(parts).tolist() for parts in zip(*tokens, strict=True))
+    assert (alone["rows"], alone["label_tokens"]) == (9, len(nll))
     assert alone["nll"] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
     assert alone["unsmoothed"]["nll"] == pytest.approx(sum(without) / len(without), rel=1e-6)
     assert alone["accuracy"] == pytest.approx(sum(right) / len(right), rel=1e-6)

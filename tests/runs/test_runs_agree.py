@@ -141,7 +141,7 @@ def test_export_loads_and_is_what_was_trained(runs, tied):
     run = runs / name((2, 2, 2, 3, ""), tied)
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    assert model.lm_head.weight.shape == (VOCAB, 64)
+    assert model.lm_head.weight.shape == (VOCAB, 64) and model.config.label_smoothing == COMMON["smoothing"]
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     before = AutoModelForCausalLM.from_pretrained(runs / ("model-tied" if tied else "model-untied"))
     assert not torch.equal(before.lm_head.weight, model.lm_head.weight)

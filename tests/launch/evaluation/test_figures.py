@@ -12,6 +12,7 @@ from launch.evaluation.figures import (
     fitted,
     measure,
     resamples,
+    risk_coverage,
 )
 
 TEMPERATURES = tuple(np.geomspace(0.4, 4.0, 15))
@@ -72,6 +73,30 @@ def test_figures_are_their_definitions(seed):
         errors += 1 - tokens.correct[index]
         risks.append(errors / taken)
     assert got["aurc"] == pytest.approx(np.mean(risks), rel=1e-12)
+
+
+def test_the_brier_score_of_the_top_label_is_what_it_is_made_of():
+    """Exactly so where all tokens of a bin have one confidence."""
+    draw = np.random.default_rng(0)
+    level = np.repeat(np.arange(BINS), 40)
+    confidence = (level + 1) / (BINS + 1)
+    right = (draw.random(len(level)) < confidence**2).astype(float)
+    ones = np.ones(len(level))
+    tokens = Tokens(level // 3, level, ones, confidence, right, ones, ones, np.ones((len(level), 15)))
+    got = measure(tokens, TEMPERATURES, resamples(5, 2))
+    by_bin = right.reshape(BINS, -1).mean(1)
+    assert got["brier_top_label"] == pytest.approx(((confidence - right) ** 2).mean())
+    assert got["brier_reliability"] == pytest.approx(((confidence.reshape(BINS, -1)[:, 0] - by_bin) ** 2).mean())
+    assert got["brier_resolution"] == pytest.approx(((by_bin - right.mean()) ** 2).mean())
+    parts = got["brier_reliability"] - got["brier_resolution"] + got["brier_uncertainty"]
+    assert got["brier_top_label"] == pytest.approx(parts)
+
+
+def test_the_area_is_that_under_the_curve_that_is_drawn():
+    tokens, _, _ = made(rows=300)
+    curve, area = risk_coverage(tokens), measure(tokens, TEMPERATURES, resamples(300, 1))["aurc"]
+    assert curve["coverage"][-1] == 1 and curve["error"][-1] == pytest.approx(1 - tokens.correct.mean())
+    assert np.mean(curve["error"]) == pytest.approx(area, rel=0.02)
 
 
 def test_a_tie_at_an_edge_is_in_the_bin_below():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from smoothing.hf import UnsmoothLogits
 
@@ -35,3 +36,20 @@ def test_what_cannot_be_taken_out_is_refused():
         UnsmoothLogits.of(SimpleNamespace(config=SimpleNamespace()))
     with pytest.raises(ValueError, match="must lie in"):
         UnsmoothLogits(1.0)
+
+
+def test_generate_applies_it_to_the_models_own_logits():
+    seen = []
+
+    class Seen(UnsmoothLogits):
+        def __call__(self, input_ids, scores):
+            seen.append(scores)
+            return super().__call__(input_ids, scores)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, eos_token_id=None, bos_token_id=None, **sizes))
+    sampling = {"do_sample": True, "temperature": 0.3, "top_k": 2, "top_p": 0.5, "max_new_tokens": 1}
+    given = {"logits_processor": [Seen(0.1)], "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(torch.tensor([[1, 2, 3]]), pad_token_id=0, **sampling, **given)
+    assert len(seen) == 1 and torch.equal(seen[0], output.logits[0])
