@@ -35,6 +35,7 @@ from launch.evaluation.report import evaluate, table
 from launch.process.exit import run_to_its_end
 from launch.process.ranks import ensure_environment, from_main, on_all_ranks, say, world_size
 from launch.process.rendezvous import rendezvous
+from launch.process.watchdog import Watchdog
 
 
 def main(argv: list[str]) -> None:
@@ -52,10 +53,11 @@ def main(argv: list[str]) -> None:
     tokenizer, data = load_data(run_options, sources=with_choices(run_sources(run_options), columns))
     if options.base is not None:
         on_all_ranks(lambda: check_tokenizer(options, tokenizer))
-    evaluation = figures_of(options, options.model, tokenizer, data, options.smoothing)
-    base = None
-    if options.base is not None:
-        base = figures_of(options, options.base, tokenizer, data, 0.0)
+    with Watchdog(run_options.stall_timeout) as watchdog:
+        evaluation = figures_of(options, options.model, tokenizer, data, options.smoothing, watchdog)
+        base = None
+        if options.base is not None:
+            base = figures_of(options, options.base, tokenizer, data, 0.0, watchdog)
     evaluation = {"model": options.model, "data": options.data, **evaluation, "base": base}
 
     def write() -> None:
@@ -68,9 +70,12 @@ def main(argv: list[str]) -> None:
     say(f"figures: {options.output_dir / EVALUATION}, {diagram}")
 
 
-def figures_of(options: EvaluationOptions, model: str, tokenizer, data, smoothing: float | None) -> dict:
+def figures_of(
+    options: EvaluationOptions, model: str, tokenizer, data, smoothing: float | None, watchdog: Watchdog
+) -> dict:
     """Return the figures of one model. All ranks must call this."""
-    evaluator = Evaluator(options.of_run(model), tokenizer, options.bf16, options.batch_size)
+    watchdog.beat(f"loading {model}", storage=True)
+    evaluator = Evaluator(options.of_run(model), tokenizer, options.bf16, options.batch_size, watchdog.beat)
     kinds = kinds_of(tokenizer, evaluator.vocab_size, data.summary.stops)
     try:
         return evaluate(evaluator, data.train, kinds, smoothing)

@@ -1,6 +1,6 @@
 """The numbers of every token of rows: forwards of a model whose vocabulary may be sharded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,13 @@ FIELDS = ("nll", "confidence", "correct", "entropy", "sum_square", "nll_at")
 
 
 class Evaluator:
-    """A model that is ready to be evaluated, split over `options.tp` ranks. All ranks must make it."""
+    """A model that is ready to be evaluated, split over `options.tp` ranks. All ranks must make it.
 
-    def __init__(self, options: SftOptions, tokenizer: Any, bf16: bool, batch_size: int):
+    `beat` is told before each batch, and before what takes long.
+    """
+
+    def __init__(self, options: SftOptions, tokenizer: Any, bf16: bool, batch_size: int, beat: Callable[..., None]):
+        self.beat = beat
         self.device = torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else torch.device("cpu")
         self.tp, self.batch_size = options.tp, batch_size
         self.model = load_model(options, tokenizer, torch.bfloat16 if bf16 else torch.float32, seed=0)
@@ -80,6 +84,7 @@ class Evaluator:
         prior = None if self.prior is None else self.prior.to(self.device)
         parts = []
         for start in range(0, len(longest_first), self.batch_size):
+            self.beat(f"rows {start:,} to {start + self.batch_size:,} of {len(longest_first):,}")
             taken = longest_first[start : start + self.batch_size]
             batch: dict[str, Any] = self.pad([rows[int(index)] for index in taken])
             target = shifted(batch["labels"]).to(self.device)
@@ -91,6 +96,7 @@ class Evaluator:
             if numbers.unsmoothed is not None:
                 each += [getattr(numbers.unsmoothed, name) for name in FIELDS]
             parts.append([_to_numpy(x[valid]) for x in each])
+        self.beat("the figures of all rows", storage=True)
         if not parts:
             raise UserError(f"there are {len(rows)} rows, fewer than the {groups} groups of ranks; start fewer")
         return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
