@@ -58,12 +58,11 @@ def measure(model, tokenizer, rows: str, options: SftOptions, prior: Tensor | No
     """Measure a model that is being trained, on the rows of a file. `prior`: that of its smoothing; None: uniform."""
     data = load_data(replace(options, data=[rows], eval_fraction=0.0))[1]
     training = model.training
-    evaluator = Evaluator.of(model, tokenizer, BATCH)
+    evaluator = Evaluator.of(model, tokenizer, BATCH, prior)
     kinds = kinds_of(tokenizer, evaluator.vocab_size, data.summary.stops)
     even, odd = (data.train.select(range(first, len(data.train), 2)) for first in (0, 1))
     chosen_by, _ = evaluator.tokens(even, kinds, temperatures=TEMPERATURES)
-    smoothed = {"unsmooth": options.smoothing, "smoothing_prior": prior}
-    as_trained, unsmoothed = evaluator.tokens(odd, kinds, temperatures=TEMPERATURES, **smoothed)
+    as_trained, unsmoothed = evaluator.tokens(odd, kinds, temperatures=TEMPERATURES, unsmooth=options.smoothing)
     temperature = float(fitted(chosen_by.nll_at.mean(0)[None], TEMPERATURES)[0])
     scaled, _ = evaluator.tokens(odd, kinds, temperatures=TEMPERATURES, temperature=temperature)
     model.train(training)

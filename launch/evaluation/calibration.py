@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.evaluation.figures import Tokens, measure, reliability
+from launch.evaluation.figures import Tokens, reliability, resampled
 from launch.evaluation.numbers import batch_numbers, shifted
 from launch.evaluation.report import TEMPERATURES
 from launch.process.ranks import on_all_ranks
@@ -78,8 +78,8 @@ class Calibration:
 
 
 def _measured(arrays: list[np.ndarray], nll_at: np.ndarray) -> dict[str, float]:
-    figures = measure(_tokens(arrays, nll_at), TEMPERATURES, np.ones((1, 1), dtype=int))
-    return {name: value for name, value in figures.items() if not name.endswith("_interval")}
+    figures = resampled(_tokens(arrays, nll_at), TEMPERATURES, np.ones((1, 1), dtype=int))
+    return {name: float(value[0]) for name, value in figures.items()}
 
 
 def _tokens(arrays: list[np.ndarray], nll_at: np.ndarray) -> Tokens:

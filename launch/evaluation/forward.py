@@ -42,13 +42,13 @@ class Evaluator:
         self.pad = PadToLongest(tokenizer.pad_token_id)
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, batch_size: int) -> "Evaluator":
-        """Return one of a model that is being trained, whole on each rank."""
+    def of(cls, model: Any, tokenizer: Any, batch_size: int, prior: Tensor | None) -> "Evaluator":
+        """Return one of a model that is being trained, whole on each rank. `prior`: see `batch_numbers`."""
         evaluator = cls.__new__(cls)
         evaluator.device, evaluator.tp, evaluator.batch_size = model.device, 1, batch_size
-        evaluator.model, evaluator._engine, evaluator.shard = model.eval(), None, None
-        evaluator.head = model.get_output_embeddings()
-        evaluator.vocab_size = evaluator.head.weight.shape[0]
+        evaluator.model, evaluator._engine, evaluator.prior = model.eval(), None, prior
+        evaluator.beat = lambda *_, **__: None  # the run has its own
+        evaluator.vocab_size = model.get_output_embeddings().weight.shape[0]
         evaluator.pad = PadToLongest(tokenizer.pad_token_id)
         return evaluator
 
