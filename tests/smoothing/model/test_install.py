@@ -901,3 +901,58 @@ def test_deepspeed_engines_train_alike(pair, stage, tied, options):
         torch.testing.assert_close(fused["evaluation-logits"], fused["logits"], rtol=0, atol=0)
         assert fused["losses"][-1] < fused["losses"][0]
     assert by_head["fused"][0]["losses"] == by_head["fused"][1]["losses"]
+
+
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=["lm_head", "q_proj"])
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model_of(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, where a wrong gradient of A would be right
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def losses_of_adapters(stage: int) -> list[float]:
+    import os
+
+    import deepspeed
+    import torch.distributed as dist
+
+    from launch.common.library_patches import skip_shared_memory_op
+
+    skip_shared_memory_op()
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE="2")
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+    }
+    engine, *_ = deepspeed.initialize(model=with_adapters(), config=settings)
+    losses = []
+    with install_smoothed_loss(engine):
+        for step in range(4):
+            loss = engine(**batch(step)).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    engine.destroy()
+    return losses
+
+
+def test_adapters_on_a_head_that_zero_3_partitions(pair):
+    pytest.importorskip("deepspeed")
+    model, expected = with_adapters(), []
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    with install_smoothed_loss(model, head="dense"):
+        for step in range(4):
+            loss = model(**batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append(loss.item())
+    for losses in pair.run(losses_of_adapters, 3, time_limit=180):
+        assert losses == pytest.approx(expected, rel=1e-5)
