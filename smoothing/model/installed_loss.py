@@ -20,7 +20,7 @@ from smoothing.model.dense_loss import dense_cross_entropy
 from smoothing.model.forward_state import ForwardState, Gives, Labels
 from smoothing.model.gather_logits import gather_logits
 from smoothing.model.head_weight import acting_head, is_sharded, linear_map
-from smoothing.model.output_head import OutputHead
+from smoothing.model.output_head import OutputHead, untraced
 from smoothing.model.support import UnsupportedModel, own_scale, own_softcap, text_config
 from smoothing.shard import VocabShard
 
@@ -89,6 +89,7 @@ class InstalledLoss:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    @untraced
     def __call__(
         self,
         logits: Tensor,

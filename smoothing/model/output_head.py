@@ -1,8 +1,8 @@
 """A model's output head while a loss is installed: it gives what the forward under way asks for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,18 @@ from smoothing.shard import VocabShard
 # What travels to the loss beside the loss itself: known numbers (a range: made where they are needed, without a copy
 # from the host) that show what the model does to its logits.
 PROBES = (-2, 9, 5)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def untraced(function: Function) -> Function:
+    """Decorate what `torch.compile` is to call as it is.
+
+    Counting labels, collectives and checks of arguments have no graph: traced, they break it into dozens, which takes
+    longer to compile than a model of two layers, and computes nothing faster.
+    """
+    reason = "the loss counts labels on the host; the rest of it is matrix products"
+    disabled: Function = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return disabled
 
 
 class OutputHead:
@@ -51,6 +63,7 @@ class OutputHead:
         finally:
             self.forward_state = before
 
+    @untraced
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs in the place of `lm_head.forward`. Collectives: two all-gathers for all logits of a sharded head."""
         state = self.forward_state
