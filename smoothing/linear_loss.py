@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothing.core import agreement
 from smoothing.core.agreement import Handshake
-from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
+from smoothing.core.arguments import argument_problem, dtype_problem, head_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
 from smoothing.core.dtensor import local_head
 from smoothing.core.once import anchor, once_differentiable, transform_problem
@@ -156,7 +155,8 @@ def _checked(
         problem := transform_problem()
         or tensor_problem(**tensors)
         or dtype_problem(**tensors)
-        or _head_problem(hidden, weight, bias, chunk_bytes)
+        or head_problem(hidden, weight, bias)
+        or chunk_bytes_problem(chunk_bytes)
     ):
         raise ValueError(problem)
     leading, size = hidden.shape[:-1], weight.shape[0]
@@ -167,17 +167,8 @@ def _checked(
     grad = torch.is_grad_enabled()
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
-    statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    call = LossCall(
-        target=flat_T,
-        shard=shard,
-        options=options,
-        prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
-        statistics_dtype=statistics_dtype,
-        input_dtype=dtype,
-        batch_checksum=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
-        alike=("linear", hidden.shape[-1], bias is None, weight.dtype, wanted, chunk_bytes, bool(fp32_logits)),
-    )
+    alike = ("linear", hidden.shape[-1], bias is None, weight.dtype, wanted, chunk_bytes, bool(fp32_logits))
+    call = LossCall.of(flat_T, shard, options, prior, dtype, num_items_in_batch, alike)
     in_bf16 = runs_in_bf16(call, bias, fp32_logits)
     labelled = LabelledTokens.of(leading, flat_T, options.ignore_index, label_tokens, by_kernel=in_bf16)
     call = replace(call, target=labelled.select(flat_T) if labelled.labels_N is None else labelled.labels_N)
@@ -359,12 +350,3 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return dtype
-
-
-def _head_problem(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_bytes: int | None) -> str | None:
-    """What is wrong with what a loss from logits does not have, or None."""
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        return f"weight must have shape [S, {hidden.shape[-1]}], this rank's rows, got {tuple(weight.shape)}"
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
-    return chunk_bytes_problem(chunk_bytes)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoothing.core import agreement
 from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
 from smoothing.core.call import LossCall, TokenStats
 from smoothing.core.dtensor import local_logits
@@ -100,17 +99,8 @@ def _checked(
     shard = VocabShard.whole(width) if shard is None else shard
     if problem := argument_problem(logits, target, shard, options, prior, num_items_in_batch, width):
         raise ValueError(problem)
-    statistics_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     flat_T = target.reshape(rows, width) if target.is_floating_point() else target.reshape(-1)
-    return LossCall(
-        target=flat_T,
-        shard=shard,
-        options=options,
-        prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
-        statistics_dtype=statistics_dtype,
-        input_dtype=logits.dtype,
-        batch_checksum=agreement.batch_checksum(flat_T, num_items_in_batch) if shard.world_size > 1 else None,
-    )
+    return LossCall.of(flat_T, shard, options, prior, logits.dtype, num_items_in_batch)
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor | tuple[Tensor, TokenStats]:

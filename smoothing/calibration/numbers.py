@@ -5,6 +5,7 @@ temperatures.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from smoothing.calibration.sums import FIXED, Figures, combine, shard_sums, unsmoothed_sums
 from smoothing.core import agreement
 from smoothing.core.agreement import Handshake
-from smoothing.core.arguments import argument_problem, dtype_problem, tensor_problem
+from smoothing.core.arguments import argument_problem, dtype_problem, head_problem, tensor_problem
 from smoothing.core.call import LossCall
 from smoothing.core.collectives import all_gather
 from smoothing.core.options import DEFAULT_IGNORE_INDEX, LossOptions
@@ -202,7 +203,7 @@ class _Given(NamedTuple):
         if problem := tensor_problem(**tensors) or dtype_problem(**tensors) or self.problem():
             raise ValueError(problem)
         weight, bias = tensors.get("weight"), tensors.get("bias")
-        if problem := _weight_problem(given, weight, bias) or chunk_bytes_problem(chunk_bytes):
+        if weight is not None and (problem := head_problem(given, weight, bias) or chunk_bytes_problem(chunk_bytes)):
             raise ValueError(problem)
         width = given.shape[-1] if weight is None else len(weight)
         shard = VocabShard.whole(width) if shard is None else shard
@@ -211,27 +212,11 @@ class _Given(NamedTuple):
         if target.is_floating_point():
             raise ValueError("target must be int64 token ids; calibration is not measured against probabilities")
         dtype = given.dtype if weight is None else torch.promote_types(given.dtype, weight.dtype)
-        statistics_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         flat_T = target.reshape(-1)
         labelled = LabelledTokens.of(given.shape[:-1], flat_T, self.ignore_index, None)
-        call = LossCall(
-            target=labelled.select(flat_T),
-            shard=shard,
-            options=options,
-            prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
-            statistics_dtype=statistics_dtype,
-            input_dtype=dtype,
-            batch_checksum=agreement.batch_checksum(flat_T, None) if shard.world_size > 1 else None,
-            alike=(
-                "numbers",
-                *map(float, self.temperatures),
-                self.floor,
-                self.temperature,
-                chunk_bytes,
-                bias is None,
-            ),
-        )
-        return call, labelled
+        own = (*map(float, self.temperatures), self.floor, self.temperature, chunk_bytes, bias is None)
+        call = LossCall.of(flat_T, shard, options, prior, dtype, alike=("numbers", *own))
+        return replace(call, target=labelled.select(flat_T)), labelled
 
     def shaped(self, z_nK: Tensor) -> Tensor:
         """These logits with softcap and temperature."""
@@ -297,14 +282,3 @@ def _exchange(sums: list[Tensor], call: LossCall, temperatures: int) -> Tensor:
 
 def _above_0(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < float("inf")
-
-
-def _weight_problem(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """What is wrong with the head's weight and bias, or None."""
-    if weight is None:
-        return None
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        return f"weight must have shape [S, {hidden.shape[-1]}], this rank's rows, got {tuple(weight.shape)}"
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
-    return None

@@ -45,6 +45,15 @@ def dtype_problem(**tensors: Tensor | None) -> str | None:
     return None
 
 
+def head_problem(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Return what is wrong with a head's weight and bias for these hidden states, or None."""
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        return f"weight must have shape [S, {hidden.shape[-1]}], this rank's rows, got {tuple(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"bias must have shape {tuple(weight.shape[:1])}, one number for each row, got {tuple(bias.shape)}"
+    return None
+
+
 def argument_problem(
     given: Tensor,
     target: object,

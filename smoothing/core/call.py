@@ -51,6 +51,40 @@ class LossCall:
     batch_checksum: Tensor | None = None  # see `agreement`; None for one rank
     alike: tuple[object, ...] = ()  # whatever else the ranks must have alike
 
+    @classmethod
+    def of(
+        cls,
+        target: Tensor,
+        shard: VocabShard,
+        options: LossOptions,
+        prior: Tensor | None,
+        input_dtype: torch.dtype,
+        num_items_in_batch: int | Tensor | None = None,
+        alike: tuple[object, ...] = (),
+    ) -> "LossCall":
+        """Return a call of checked arguments.
+
+        Args:
+            target: labels of all tokens, `[T]` or `[T, S]`, which the ranks compare.
+            shard: whose columns this rank holds.
+            options: the scalar arguments.
+            prior: this rank's slice, padding included, or None.
+            input_dtype: what logits are computed in.
+            num_items_in_batch: the divisor, which the ranks compare.
+            alike: whatever else they must have alike.
+        """
+        statistics_dtype = torch.float64 if input_dtype == torch.float64 else torch.float32
+        return cls(
+            target=target,
+            shard=shard,
+            options=options,
+            prior=None if prior is None else prior[: shard.real_size].to(statistics_dtype),
+            statistics_dtype=statistics_dtype,
+            input_dtype=input_dtype,
+            batch_checksum=(agreement.batch_checksum(target, num_items_in_batch) if shard.world_size > 1 else None),
+            alike=alike,
+        )
+
     @property
     def soft(self) -> bool:
         return self.target.is_floating_point()
