@@ -326,6 +326,8 @@ def _data_problem(options: SftOptions) -> str | None:
         return problem
     if options.shuffle_buffer < 0:
         return f"--shuffle_buffer must be at least 0 rows, got {options.shuffle_buffer}"
+    if options.shuffle_buffer != DataFlags.shuffle_buffer and not options.streaming:
+        return "--shuffle_buffer goes with --streaming; other data are shuffled as a whole"
     places = [source if "\0" in source else os.path.realpath(source) for source in sources]
     if len(set(places)) < len(places):
         twice = sources[places.index(max(places, key=places.count))]

@@ -17,10 +17,9 @@ COMMON = {
     "max_length": 96,
     "samples": 0,
     "save_steps": 1,
-    "shuffle_buffer": 8,
     "per_device_train_batch_size": 4,
 }
-KINDS = {"prepared": {}, "streamed": {"streaming": True}}
+KINDS = {"prepared": {}, "streamed": {"streaming": True, "shuffle_buffer": 8}}
 
 
 def steps(run: Path) -> list[dict]:

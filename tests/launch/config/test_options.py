@@ -116,6 +116,7 @@ def test_every_shipped_recipe_parses():
         ({"streaming": True, "data": "a", "packing": True}, ("--packing", "--streaming")),
         ({"streaming": True, "data": "a", "max_rows": 5}, ("--max_rows", "--streaming")),
         ({"streaming": True, "data": "a", "shuffle_buffer": -1}, ("--shuffle_buffer", "at least 0", "-1")),
+        ({"data": "a", "shuffle_buffer": 5}, ("--shuffle_buffer", "--streaming")),
         ({"model_config": {"model_type": "llama"}}, ("--model", "--model_config")),
         # a recipe is never code, however it is written
         ({"trust_remote_code": True}, ("trust_remote_code", "--trust_remote_code on the command line")),
