@@ -27,7 +27,8 @@ class TokenStats(NamedTuple):
         nll: unsmoothed loss; for probabilities of mass m it is `m·lse - Σ p_v z_v`. Floats have the loss's dtype.
         lse: `log Σ exp z`.
         confidence: the largest probability.
-        correct: bool, whether the target attains the largest logit; None where targets are probabilities.
+        correct: bool, whether the target attains the largest logit, alone or with others, which bf16 logits often do
+            (`token_numbers` counts one k-th then); None where targets are probabilities.
         valid: bool, whether the token has a label.
     """
 
