@@ -34,20 +34,25 @@ def reserve_endpoint() -> None:
 class Repository(NamedTuple):
     """A repository: its files lie in `folder`, and each state of them that is asked for is a commit.
 
-    `refusal`: the status and the code of the error for all who have not this `token`.
+    `branches`: the files of those beside main. `refusal`: the status and the code of the error for all who have not
+    this `token`.
     """
 
     folder: Path
     commits: dict[str, dict[str, bytes]]
+    branches: dict[str, dict[str, bytes]]
     refusal: tuple[int, str] | None = None
     token: str | None = None
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return a commit and its files; None if there is no such revision."""
-        if revision != "main":
-            return (revision, self.commits[revision]) if revision in self.commits else None
+        if revision in self.commits:
+            return revision, self.commits[revision]
+        if revision not in ("main", *self.branches):
+            return None
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         files = {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in paths}
+        files = self.branches.get(revision, files)
         commit = hashlib.sha1(repr(files).encode()).hexdigest()
         return commit, self.commits.setdefault(commit, files)
 
@@ -71,7 +76,7 @@ class Hub:
         for path, content in (files or {}).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
-        self.repositories[name] = Repository(folder, {}, **access)
+        self.repositories[name] = Repository(folder, {}, {}, **access)
         return folder
 
     def downloads(self, file: str) -> int:
@@ -108,25 +113,25 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub  # type: ignore[attr-defined]
         address = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        path = unquote(address.path)
-        hub.asked.append(f"{self.command} {path}")
-        found = ADDRESS.fullmatch(path)
+        hub.asked.append(f"{self.command} {unquote(address.path)}")
+        found = ADDRESS.fullmatch(address.path)
         repository = found and hub.repositories.get(found[3])
         if not repository:
             return self._refuse(404, "RepoNotFound")
         if repository.refusal and self.headers.get("Authorization") != f"Bearer {repository.token}":
             return self._refuse(*repository.refusal)
-        state = repository.at(found[5] or "main")
+        state = repository.at(unquote(found[5] or "main"))
         if state is None:
             return self._refuse(404, "RevisionNotFound")
         commit, files = state
+        file = unquote(found[6] or "")
         if found[4] == "resolve":
-            if found[6] not in files:
+            if file not in files:
                 return self._refuse(404, "EntryNotFound", commit)
-            return self._send(files[found[6]], commit)
+            return self._send(files[file], commit)
         if found[4] == "tree":
             recursive = parse_qs(address.query).get("recursive") == ["true"]
-            entries = _tree(files, found[6] or "", recursive)
+            entries = _tree(files, file, recursive)
             return self._send_json(entries, commit) if entries else self._refuse(404, "EntryNotFound", commit)
         if found[4] == "paths-info":
             wanted = parse_qs(body).get("paths", [])

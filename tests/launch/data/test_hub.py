@@ -69,6 +69,8 @@ def hub(tmp_path_factory):
         hub.add("owner/secret", {"train.jsonl": jsonl(ROWS)}, refusal=(401, "RepoNotFound"), token="sesame")
         hub.add("owner/gated", {"train.jsonl": jsonl(ROWS)}, refusal=(403, "GatedRepo"))
         hub.add("owner/script", {"script.py": b"raise SystemExit\n"})
+        hub.add("owner/copied", {"copied.py": b"raise SystemExit\n"})
+        hub.repositories["owner/copied"].branches["refs/convert/parquet"] = {"all/train/0.parquet": parquet(ROWS[:9])}
         hub.add("owner/words", {"README.md": b"# Words\n"})
         hub.add("owner/broken", {"a.jsonl": jsonl(ROWS), "b.jsonl": b"{broken\n"})
         model = hub.add("owner/model")
@@ -110,6 +112,14 @@ def test_a_configuration_and_a_split_can_be_named(hub, streamed):
     assert len(rows_of("owner/several:sums:test", streamed)) == 3
     assert len(rows_of("owner/several:others:train", streamed)) == 3
     assert len(rows_of("owner/lines:train", streamed)) == 300
+
+
+def test_a_branch_can_be_named(hub):
+    """As that of the Parquet files that the hub makes of data sets with a loading script."""
+    for streamed in (False, True):
+        records = iter_records("owner/copied@refs/convert/parquet:train", streamed=streamed)
+        places = [record.where for record in records if isinstance(record, Record)]
+        assert places == [f"owner/copied:train:{n}" for n in range(1, 10)]
 
 
 def places(source: str, start: int, count: int) -> list[list]:
