@@ -21,6 +21,7 @@ from tests.support.small_run import flags, launch_many, metrics, write_data, wri
 TIMES = {"tokens_per_second", "peak_memory_gib"}
 COMMON = {
     "smoothing": 0.1,
+    "smoothing_prior": "unigram",
     "learning_rate": 1e-2,
     "max_steps": 8,  # of 5 an epoch: the resumed run finishes one and begins another
     "logging_steps": 1,
@@ -94,6 +95,7 @@ def runs(tmp_path_factory) -> Path:
             interrupt(folder / name(layout), folder / f"{name(layout)}-torn")
         said = launch_many(folder, ranks, [command(folder, layout, f"{name(layout)}-torn") for layout in layouts])
         assert said.count(f"checkpoint-{RESUMED_FROM}\n") == len(layouts)
+        assert said.count("smoothing prior unigram: that of this run") == len(layouts)
     return folder
 
 
