@@ -72,6 +72,8 @@ def line_chart(title: str, about: str, lines: Sequence[Line], x_label: str = "st
 
     def draw(axis: Any) -> None:
         for line, (style, marker, colour) in zip(lines, _repeated(len(lines)), strict=True):
+            if not line.x:  # a run that has not logged it keeps its form for the other charts
+                continue
             every = max(1, -(-len(line.x) // MOST_MARKS))
             form = {"linestyle": style, "marker": marker, "markevery": every, "markersize": 3.6, "color": colour}
             axis.plot(line.x, line.y, label=_end(line.name), **form)
