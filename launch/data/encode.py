@@ -5,11 +5,14 @@ from copy import copy
 from datetime import date
 from typing import Any
 
+import numpy
+
 from launch.data.examples.conversation import encode_chat
 from launch.data.examples.kinds import ChatExample, Example, PairExample, TokenExample
 from launch.data.examples.render import ChatTemplate, row_time_limit
 from launch.data.examples.rows import Row, checked_tokens
 from launch.data.examples.text import encode_text
+from launch.data.examples.tokens import Tokeniser
 from launch.data.records import DataError
 
 
@@ -33,6 +36,7 @@ class Encoder:
         pairs_as_chat: bool = True,
     ):
         self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenise = Tokeniser(tokenizer)
         self.template = ChatTemplate(tokenizer, arguments, day)
         self.pairs_as_chat = pairs_as_chat and bool(tokenizer.chat_template)
 
@@ -48,8 +52,8 @@ class Encoder:
             if isinstance(example, PairExample):
                 example = example.chat if self.pairs_as_chat else example.text
             if isinstance(example, ChatExample):
-                return encode_chat(example, self.template, self.max_length)
-            return encode_text(example, self.tokenizer, self.template.special, self.max_length)
+                return encode_chat(example, self.template, self.tokenise, self.max_length)
+            return encode_text(example, self.tokenise, self.template.special, self.max_length)
 
     def with_length(self, max_length: int) -> "Encoder":
         """Return the same encoder for rows of another length."""
@@ -58,9 +62,10 @@ class Encoder:
         return other
 
 
-def encode(example: Example, tokenizer, max_length: int) -> Row:
-    """Encode one example with a tokenizer as it is; see `Encoder`."""
-    return Encoder(tokenizer, max_length)(example)
+def encode(example: Example, tokenizer, max_length: int) -> dict[str, Any]:
+    """Encode one example with a tokenizer as it is, as lists; see `Encoder`."""
+    row = Encoder(tokenizer, max_length)(example)
+    return {name: value.tolist() if isinstance(value, numpy.ndarray) else value for name, value in row.items()}
 
 
 def check_tokenizer(tokenizer, max_length: int) -> None:

@@ -110,10 +110,10 @@ class BatchEncoder:
             raise
         except BaseException as error:  # a panic of a library in Rust
             raise Reject("cannot be encoded", shortened(f"{type(error).__name__}: {error}")) from None
-        ids, labels = (numpy.array(row[name], dtype=numpy.int32) for name in ("input_ids", "labels"))
+        ids, labels = row["input_ids"], row["labels"]
         learned = int((labels[1:] != IGNORED).sum())
         token = self._special.first(example) or ""
-        stop = None if isinstance(example, TokenExample) else row["input_ids"][-1]
+        stop = None if isinstance(example, TokenExample) else int(ids[-1])
         kept = Kept(record.where, format, learned, row["prompt_tokens_cut"], token, tuple(row["notes"]), stop)
         return kept, ids, labels
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 from launch.common.errors import Reject
 from launch.data.examples.kinds import ChatExample
 from launch.data.examples.render import ChatTemplate
-from launch.data.examples.rows import Row, labelled
+from launch.data.examples.rows import Row, labelled, with_end
 from launch.data.examples.spans import Rendered, render_with_spans
-from launch.data.examples.tokens import Tokens, tokenise
+from launch.data.examples.tokens import Tokeniser, Tokens
 from launch.data.examples.tool_calls import with_arguments_as_text
 from launch.data.records import DataError
 
 INSTRUCTIONS = ("system", "developer")  # the roles that stay when a conversation loses its first turns
 
 
-def encode_chat(example: ChatExample, template: ChatTemplate, max_length: int) -> Row:
+def encode_chat(example: ChatExample, template: ChatTemplate, tokenise: Tokeniser, max_length: int) -> Row:
     """Encode a conversation as a row that ends with its last learned answer.
 
     A conversation that is too long loses whole turns from the left; system messages stay.
@@ -25,7 +25,7 @@ def encode_chat(example: ChatExample, template: ChatTemplate, max_length: int) -
         DataError: The tokenizer has no chat template.
     """
     check_template(template, example.where)
-    row = _whole(example, template)
+    row = _whole(example, template, tokenise)
     length = len(row["input_ids"])
     if length <= max_length:
         return row
@@ -34,7 +34,7 @@ def encode_chat(example: ChatExample, template: ChatTemplate, max_length: int) -
     first, last = 0, len(turns)
     while first < last:  # the fewest turns to drop
         middle = (first + last) // 2
-        row = _whole(_from_turn(example, turns[middle]), template)
+        row = _whole(_from_turn(example, turns[middle]), template, tokenise)
         if len(row["input_ids"]) <= max_length:
             fits, last = row, middle
         else:
@@ -54,7 +54,7 @@ def check_template(template: ChatTemplate, where: str) -> None:
         )
 
 
-def _whole(example: ChatExample, template: ChatTemplate) -> Row:
+def _whole(example: ChatExample, template: ChatTemplate, tokenise: Tokeniser) -> Row:
     tokenizer = template.tokenizer
     for index in example.learned:
         content = example.messages[index].get("content")
@@ -64,7 +64,7 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
             raise Reject("completion holds the end token before its end", stop)
     rendered = _render(example, template)
     boundaries = sorted({edge for span in rendered.spans for edge in span})
-    tokens = tokenise(rendered.text, tokenizer, boundaries)
+    tokens = tokenise(rendered.text, boundaries)
     learned = [tokens.overlapping(*span, template.special) for span in rendered.spans]
     learned = [part for part in learned if part.start < part.stop]
     if not learned:
@@ -72,12 +72,12 @@ def _whole(example: ChatExample, template: ChatTemplate) -> Row:
     end = learned[-1].stop  # nothing is learned from what follows the last answer
     ids, spans = tokens.ids[:end], tokens.spans[:end]
     if not _stops(rendered, tokens, learned, template):
-        ids, spans = [*ids, tokenizer.eos_token_id], [*spans, (spans[-1][1], spans[-1][1])]
+        ids, spans = with_end(ids, spans, tokenizer.eos_token_id, spans[-1, 1])
         learned.append(slice(len(ids) - 1, len(ids)))
     row = labelled(ids, learned, rendered.text, spans)
     row["notes"] = rendered.notes
     if ids[-1] != tokenizer.eos_token_id:
-        stop = tokenizer.convert_ids_to_tokens(ids[-1])
+        stop = tokenizer.convert_ids_to_tokens(int(ids[-1]))
         row["notes"].append(f"the answer ends with {stop}, where the tokenizer's EOS is {tokenizer.eos_token}")
     return row
 

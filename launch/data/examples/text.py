@@ -2,18 +2,21 @@
 
 import re
 
+import numpy
+
 from launch.common.errors import Reject
 from launch.data.examples.kinds import TextExample
-from launch.data.examples.rows import Row, labelled
-from launch.data.examples.tokens import NOWHERE, tokenise
+from launch.data.examples.rows import Row, labelled, with_end
+from launch.data.examples.tokens import NOWHERE, Tokeniser
 
 
-def encode_text(example: TextExample, tokenizer, special: re.Pattern, max_length: int) -> Row:
+def encode_text(example: TextExample, tokenise: Tokeniser, special: re.Pattern, max_length: int) -> Row:
     """Encode prompt and completion as a row, which ends with EOS and begins as the tokenizer begins a text.
 
     A prompt that is too long loses tokens on its left, after BOS; a completion is never cut. `special` finds the
     tokenizer's special tokens. Raises Reject for a completion that cannot be used.
     """
+    tokenizer = tokenise.tokenizer
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     prompt, completion = example.prompt, _without_ends(example.completion, eos)
     if eos in completion:
@@ -21,20 +24,20 @@ def encode_text(example: TextExample, tokenizer, special: re.Pattern, max_length
     text = prompt + completion
     begin = len(text) - len(_without_starts(text, bos)) if bos else 0
     text, start = text[begin:], max(0, len(prompt) - begin)
-    tokens = tokenise(text, tokenizer, (start,), special_tokens=True)
+    tokens = tokenise(text, (start,), special_tokens=True)
     learned = tokens.overlapping(start, len(text), special)
     if learned.start >= len(tokens.ids):
         raise Reject("completion has no tokens")
-    ids = [*tokens.ids, tokenizer.eos_token_id]
-    front = tokens.spans[: learned.start].count(NOWHERE)
+    ids, spans = with_end(tokens.ids, tokens.spans, tokenizer.eos_token_id, len(text))
+    front = int((tokens.spans[: learned.start, 0] == NOWHERE).sum())
     cut = len(ids) - max_length
     if cut > learned.start - front:
         needed = len(ids) - learned.start + front
         raise Reject(f"completion longer than max_length {max_length}", f"{needed} tokens")
-    row = labelled(ids, [slice(learned.start, len(ids))], text, [*tokens.spans, (len(text), len(text))])
+    row = labelled(ids, [slice(learned.start, len(ids))], text, spans)
     if cut > 0:
-        for column in (row["input_ids"], row["labels"], row["spans"]):
-            del column[front : front + cut]
+        kept = numpy.r_[:front, front + cut : len(ids)]
+        row["input_ids"], row["labels"], row["spans"] = ids[kept], row["labels"][kept], spans[kept]
         row["prompt_tokens_cut"] = cut
     return row
 

@@ -68,13 +68,13 @@ class Shower:
         where, ids, labels = prepared["where"], list(prepared["input_ids"]), list(prepared["labels"])
         tokens = tokens_of(ids, self.tokenizer)
         row, notes, cut = self._again(where), [], None
-        if row is not None and (row["input_ids"], row["labels"]) == (ids, labels):
+        if row is not None and (row["input_ids"].tolist(), row["labels"].tolist()) == (ids, labels):
             notes = list(row["notes"])
             cut = self._cut(where, row)
         elif where in self.records:
             row, notes = None, [CHANGED]
-        if row is not None and row["spans"] and self.tokenizer.is_fast:
-            pieces = pieces_of(tokens, labels, row["text"], row["spans"], cut)
+        if row is not None and len(row["spans"]) and self.tokenizer.is_fast:
+            pieces = pieces_of(tokens, labels, row["text"], row["spans"].tolist(), cut)
         else:
             pieces = pieces_of(tokens, labels, *decoded(ids, self.tokenizer))
         if row is not None and row["prompt_tokens_cut"]:
