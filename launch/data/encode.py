@@ -1,18 +1,19 @@
 """Encoding of examples as rows of token ids and labels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from datetime import date
 from typing import Any
 
 import numpy
 
-from launch.data.examples.conversation import encode_chat
+from launch.common.errors import Reject
+from launch.data.examples.conversation import begin_chat
 from launch.data.examples.kinds import ChatExample, Example, PairExample, TokenExample
 from launch.data.examples.render import ChatTemplate, row_time_limit
 from launch.data.examples.rows import Row, checked_tokens
-from launch.data.examples.text import encode_text
-from launch.data.examples.tokens import Tokeniser
+from launch.data.examples.text import begin_text
+from launch.data.examples.tokens import Tokeniser, Tokens, Untokenised
 from launch.data.records import DataError
 
 
@@ -45,6 +46,11 @@ class Encoder:
 
         Raises Reject for a row that cannot be trained on, DataError for a tokenizer that cannot encode it.
         """
+        begun = self.begin(example)
+        return self.finish(begun) if isinstance(begun, Untokenised) else begun
+
+    def begin(self, example: Example) -> Row | Untokenised:
+        """Encode an example up to where its text is tokenised. Raises as a call does."""
         if isinstance(example, TokenExample):
             return checked_tokens(example, len(self.tokenizer), self.max_length)
         check_tokenizer(self.tokenizer, self.max_length)
@@ -52,8 +58,23 @@ class Encoder:
             if isinstance(example, PairExample):
                 example = example.chat if self.pairs_as_chat else example.text
             if isinstance(example, ChatExample):
-                return encode_chat(example, self.template, self.tokenise, self.max_length)
-            return encode_text(example, self.tokenise, self.template.special, self.max_length)
+                return begin_chat(example, self.template, self.tokenise, self.max_length)
+            return begin_text(example, self.tokenizer, self.template.special, self.max_length)
+
+    def together(self, begun: Sequence[Untokenised]) -> list[Tokens | None]:
+        """Tokenise rows at once, which takes less time than one by one; None for each to be tokenised alone."""
+        try:
+            with row_time_limit():
+                return self.tokenise.together(begun)
+        except (Reject, MemoryError):
+            return [None] * len(begun)
+
+    def finish(self, begun: Untokenised, tokens: Tokens | None = None) -> Row:
+        """Make the row of its tokens, which are made here if they are not there yet. Raises Reject."""
+        with row_time_limit():
+            if tokens is None:
+                tokens = self.tokenise(begun.text, begun.boundaries, begun.special_tokens)
+            return begun.finish(tokens)
 
     def with_length(self, max_length: int) -> "Encoder":
         """Return the same encoder for rows of another length."""

@@ -1,7 +1,8 @@
 """What is made of a batch of records: rows in Arrow, and for each record what became of it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy
@@ -13,8 +14,9 @@ from launch.data.encode import Encoder
 from launch.data.examples.columns import Columns
 from launch.data.examples.formats import detect_format, to_example, used_columns
 from launch.data.examples.kinds import Example, TokenExample
-from launch.data.examples.rows import IGNORED
+from launch.data.examples.rows import IGNORED, Row
 from launch.data.examples.special_tokens import SpelledOut
+from launch.data.examples.tokens import Untokenised
 from launch.data.records import DropReport, Note, Record, Rejected
 from launch.data.rows_file import RowColumns
 
@@ -62,6 +64,15 @@ class EncodedBatch(NamedTuple):
         return EncodedBatch(self.outcomes[:end], self.rows.slice(0, count), digests, self.found, self.used)
 
 
+class _Begun(NamedTuple):
+    """A record on its way to a row."""
+
+    where: str
+    format: str
+    example: Example
+    row: Row | Untokenised
+
+
 class BatchEncoder:
     """Encodes batches of records.
 
@@ -82,40 +93,42 @@ class BatchEncoder:
         digests = []
         found: set[str] = set()
         used: set[str] = set()
-        for record in batch:
-            if not isinstance(record, Record):
-                outcomes.append(record)
+        begun = [self._begin(record, found, used) if isinstance(record, Record) else record for record in batch]
+        texts = [one.row for one in begun if isinstance(one, _Begun) and isinstance(one.row, Untokenised)]
+        tokens = iter(self.encode.together(texts))
+        for one in begun:
+            if not isinstance(one, _Begun):
+                outcomes.append(one)
                 continue
-            found.update(record.fields)
             try:
-                kept, ids, labels = self._row(record, used)
+                with _every_failure_rejects():
+                    row = self.encode.finish(one.row, next(tokens)) if isinstance(one.row, Untokenised) else one.row
             except Reject as reject:
-                outcomes.append(Rejected.of(record.where, reject))
+                outcomes.append(Rejected.of(one.where, reject))
                 continue
-            outcomes.append(kept)
-            columns.add(ids, labels, one_line(record.where))
-            digests.append(row_digest(ids, labels))
+            outcomes.append(self._kept(one, row))
+            columns.add(row["input_ids"], row["labels"], one_line(one.where))
+            digests.append(row_digest(row["input_ids"], row["labels"]))
         return EncodedBatch(outcomes, columns.batch(), b"".join(digests), frozenset(found), frozenset(used))
 
-    def _row(self, record: Record, used: set[str]) -> tuple[Kept, numpy.ndarray, numpy.ndarray]:
-        """Encode a record, and add the columns that its format uses to `used`."""
-        format, fields = self._recognised(record)
-        used |= used_columns(format, self.columns)
-        example = to_example(Record(fields, record.where), format)
+    def _begin(self, record: Record, found: set[str], used: set[str]) -> "_Begun | Rejected":
+        """Begin to encode a record; add its columns to `found`, and those that its format uses to `used`."""
+        found.update(record.fields)
         try:
-            row = self.encode(example)
-        except MemoryError:
-            raise Reject("needs more memory than a row may use") from None
-        except (Exception, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of a library in Rust
-            raise Reject("cannot be encoded", shortened(f"{type(error).__name__}: {error}")) from None
-        ids, labels = row["input_ids"], row["labels"]
-        learned = int((labels[1:] != IGNORED).sum())
-        token = self._special.first(example) or ""
-        stop = None if isinstance(example, TokenExample) else int(ids[-1])
-        kept = Kept(record.where, format, learned, row["prompt_tokens_cut"], token, tuple(row["notes"]), stop)
-        return kept, ids, labels
+            format, fields = self._recognised(record)
+            used |= used_columns(format, self.columns)
+            example = to_example(Record(fields, record.where), format)
+            with _every_failure_rejects():
+                return _Begun(record.where, format, example, self.encode.begin(example))
+        except Reject as reject:
+            return Rejected.of(record.where, reject)
+
+    def _kept(self, begun: "_Begun", row: Row) -> Kept:
+        learned = int((row["labels"][1:] != IGNORED).sum())
+        token = self._special.first(begun.example) or ""
+        stop = None if isinstance(begun.example, TokenExample) else int(row["input_ids"][-1])
+        notes = tuple(row["notes"])
+        return Kept(begun.where, begun.format, learned, row["prompt_tokens_cut"], token, notes, stop)
 
     def example_of(self, record: Record) -> Example:
         """Return the example that a record stands for. Raises Reject for one that cannot be used."""
@@ -129,6 +142,19 @@ class BatchEncoder:
         if format is None:
             raise Reject(UNRECOGNISED, shortened(", ".join(map(str, fields))) or "none")
         return format, fields
+
+
+@contextmanager
+def _every_failure_rejects() -> Iterator[None]:
+    """Raise Reject where a row takes all memory, or ends in a panic of a library in Rust."""
+    try:
+        yield
+    except MemoryError:
+        raise Reject("needs more memory than a row may use") from None
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise Reject("cannot be encoded", shortened(f"{type(error).__name__}: {error}")) from None
 
 
 def row_digest(ids: numpy.ndarray, labels: numpy.ndarray) -> bytes:

@@ -8,15 +8,15 @@ from launch.data.examples.kinds import ChatExample
 from launch.data.examples.render import ChatTemplate
 from launch.data.examples.rows import Row, labelled, with_end
 from launch.data.examples.spans import Rendered, render_with_spans
-from launch.data.examples.tokens import Tokeniser, Tokens
+from launch.data.examples.tokens import Tokeniser, Tokens, Untokenised
 from launch.data.examples.tool_calls import with_arguments_as_text
 from launch.data.records import DataError
 
 INSTRUCTIONS = ("system", "developer")  # the roles that stay when a conversation loses its first turns
 
 
-def encode_chat(example: ChatExample, template: ChatTemplate, tokenise: Tokeniser, max_length: int) -> Row:
-    """Encode a conversation as a row that ends with its last learned answer.
+def begin_chat(example: ChatExample, template: ChatTemplate, tokenise: Tokeniser, max_length: int) -> Untokenised:
+    """Begin to encode a conversation as a row that ends with its last learned answer.
 
     A conversation that is too long loses whole turns from the left; system messages stay.
 
@@ -25,16 +25,28 @@ def encode_chat(example: ChatExample, template: ChatTemplate, tokenise: Tokenise
         DataError: The tokenizer has no chat template.
     """
     check_template(template, example.where)
-    row = _whole(example, template, tokenise)
-    length = len(row["input_ids"])
-    if length <= max_length:
-        return row
+    whole = _whole(example, template)
+
+    def finish(tokens: Tokens) -> Row:
+        row = whole.finish(tokens)
+        if len(row["input_ids"]) <= max_length:
+            return row
+        return _shortened(example, template, tokenise, max_length, len(row["input_ids"]))
+
+    return replace(whole, finish=finish)
+
+
+def _shortened(
+    example: ChatExample, template: ChatTemplate, tokenise: Tokeniser, max_length: int, length: int
+) -> Row:
+    """Return the row of a conversation of `length` tokens without its first turns. Raises Reject if none fits."""
     turns = _beginnings(example)
     fits: Row | None = None
     first, last = 0, len(turns)
     while first < last:  # the fewest turns to drop
         middle = (first + last) // 2
-        row = _whole(_from_turn(example, turns[middle]), template, tokenise)
+        part = _whole(_from_turn(example, turns[middle]), template)
+        row = part.finish(tokenise(part.text, part.boundaries))
         if len(row["input_ids"]) <= max_length:
             fits, last = row, middle
         else:
@@ -54,8 +66,7 @@ def check_template(template: ChatTemplate, where: str) -> None:
         )
 
 
-def _whole(example: ChatExample, template: ChatTemplate, tokenise: Tokeniser) -> Row:
-    tokenizer = template.tokenizer
+def _whole(example: ChatExample, template: ChatTemplate) -> Untokenised:
     for index in example.learned:
         content = example.messages[index].get("content")
         if not isinstance(content, str):
@@ -64,7 +75,11 @@ def _whole(example: ChatExample, template: ChatTemplate, tokenise: Tokeniser) ->
             raise Reject("completion holds the end token before its end", stop)
     rendered = _render(example, template)
     boundaries = sorted({edge for span in rendered.spans for edge in span})
-    tokens = tokenise(rendered.text, boundaries)
+    return Untokenised(rendered.text, boundaries, False, lambda tokens: _row(rendered, tokens, template))
+
+
+def _row(rendered: Rendered, tokens: Tokens, template: ChatTemplate) -> Row:
+    tokenizer = template.tokenizer
     learned = [tokens.overlapping(*span, template.special) for span in rendered.spans]
     learned = [part for part in learned if part.start < part.stop]
     if not learned:

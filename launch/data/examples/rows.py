@@ -60,5 +60,6 @@ def checked_tokens(example: TokenExample, vocab_size: int, max_length: int) -> R
     # Nothing precedes position 0, so a label there is never predicted.
     if all(label == IGNORED for label in labels[1:]):
         raise Reject("no label tokens")
-    columns = {"input_ids": numpy.array(ids, numpy.int32), "labels": numpy.array(labels, numpy.int32)}
-    return Row(**columns, prompt_tokens_cut=0, notes=[], text="", spans=NO_SPANS)
+    row = labelled(numpy.array(ids, numpy.int32), [], "", NO_SPANS)
+    row["labels"] = numpy.array(labels, numpy.int32)
+    return row

@@ -7,16 +7,15 @@ import numpy
 from launch.common.errors import Reject
 from launch.data.examples.kinds import TextExample
 from launch.data.examples.rows import Row, labelled, with_end
-from launch.data.examples.tokens import NOWHERE, Tokeniser
+from launch.data.examples.tokens import NOWHERE, Tokens, Untokenised
 
 
-def encode_text(example: TextExample, tokenise: Tokeniser, special: re.Pattern, max_length: int) -> Row:
-    """Encode prompt and completion as a row, which ends with EOS and begins as the tokenizer begins a text.
+def begin_text(example: TextExample, tokenizer, special: re.Pattern, max_length: int) -> Untokenised:
+    """Begin to encode prompt and completion as a row, which ends with EOS and begins as the tokenizer begins a text.
 
     A prompt that is too long loses tokens on its left, after BOS; a completion is never cut. `special` finds the
     tokenizer's special tokens. Raises Reject for a completion that cannot be used.
     """
-    tokenizer = tokenise.tokenizer
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     prompt, completion = example.prompt, _without_ends(example.completion, eos)
     if eos in completion:
@@ -24,11 +23,17 @@ def encode_text(example: TextExample, tokenise: Tokeniser, special: re.Pattern, 
     text = prompt + completion
     begin = len(text) - len(_without_starts(text, bos)) if bos else 0
     text, start = text[begin:], max(0, len(prompt) - begin)
-    tokens = tokenise(text, (start,), special_tokens=True)
+    return Untokenised(
+        text, (start,), True, lambda tokens: _finish(tokens, start, tokenizer.eos_token_id, special, max_length)
+    )
+
+
+def _finish(tokens: Tokens, start: int, eos: int, special: re.Pattern, max_length: int) -> Row:
+    text = tokens.text
     learned = tokens.overlapping(start, len(text), special)
     if learned.start >= len(tokens.ids):
         raise Reject("completion has no tokens")
-    ids, spans = with_end(tokens.ids, tokens.spans, tokenizer.eos_token_id, len(text))
+    ids, spans = with_end(tokens.ids, tokens.spans, eos, len(text))
     front = int((tokens.spans[: learned.start, 0] == NOWHERE).sum())
     cut = len(ids) - max_length
     if cut > learned.start - front:

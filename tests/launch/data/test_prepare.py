@@ -66,14 +66,14 @@ def test_the_file_does_not_depend_on_processes_and_batches(tmp_path, tokenizer, 
 
 def test_a_row_that_ends_a_process_is_dropped_with_the_reason(tmp_path, tokenizer, source):
     """As a panic in a tokenizer does, or the machine's last memory."""
-    encode = Encoder(tokenizer, 200)
 
-    def deadly(example):
-        DEADLY.get(int(example.where.rpartition(":")[2]), lambda: None)()
-        return encode(example)
+    class Deadly(Encoder):
+        def begin(self, example):
+            DEADLY.get(int(example.where.rpartition(":")[2]), lambda: None)()
+            return super().begin(example)
 
     _, before = written(source, tmp_path / "plain", tokenizer, 0)
-    _, summary = written(source, tmp_path / "deadly", tokenizer, 2, deadly)
+    _, summary = written(source, tmp_path / "deadly", tokenizer, 2, Deadly(tokenizer, 200))
     lost = [r for r in summary.report.rejections if r not in before.report.rejections]
     assert [(r.where, r.detail) for r in lost] == [
         (f"{source}:51", "ended by SIGABRT"),
@@ -91,14 +91,13 @@ class PanicException(BaseException):
     [(PanicException("index out of bounds"), "cannot be encoded"), (MemoryError(), "needs more memory than")],
 )
 def test_what_is_no_exception_costs_its_row(tmp_path, tokenizer, source, error, reason):
-    encode = Encoder(tokenizer, 200)
+    class Panics(Encoder):
+        def begin(self, example):
+            if example.where.endswith(":2"):
+                raise error
+            return super().begin(example)
 
-    def panics(example):
-        if example.where.endswith(":2"):
-            raise error
-        return encode(example)
-
-    _, summary = written(source, tmp_path / "x", tokenizer, 0, panics)
+    _, summary = written(source, tmp_path / "x", tokenizer, 0, Panics(tokenizer, 200))
     assert [r.where for r in summary.report.rejections if r.reason.startswith(reason)] == [f"{source}:2"]
 
 

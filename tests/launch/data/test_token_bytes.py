@@ -8,8 +8,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from launch.data.encode import Encoder
+from launch.data.encode_batch import BatchEncoder, Kept
 from launch.data.examples.token_bytes import TokenBytes
 from launch.data.examples.tokens import Tokeniser
+from launch.data.records import Record, Rejected
 from tests.support.tokenizers import byte_level, llama_2_like
 
 BYTE_NAMES = bytes_to_unicode()
@@ -67,7 +70,7 @@ def test_tokenizers_whose_tokens_are_not_the_bytes_of_a_text():
 
 
 def test_an_unknown_token_stands_for_any_number_of_bytes():
-    names = ["<unk>", "a", "1", *map(BYTE_NAMES.get, " \n".encode() + "é".encode())]
+    names = ["<unk>", "a", "1", *map(BYTE_NAMES.get, " \né".encode())]
     model = models.BPE({name: index for index, name in enumerate(names)}, [], unk_token="<unk>", fuse_unk=True)
     backend = Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -75,6 +78,19 @@ def test_an_unknown_token_stands_for_any_number_of_bytes():
     for text, known in [("a1", True), ("bbbbb", False)]:  # "<unk>" has five bytes, too
         ids = numpy.array(backend.encode(text).ids, numpy.int32)
         assert (found.spans(ids, text) is not None) == known
+
+
+def test_a_text_that_is_refused_costs_its_row_alone():
+    names = ["</s>", "a", "1", "ĠÃ©", "Ċ"]
+    backend = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "<unk>"))  # has none
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert TokenBytes.of(tokenizer) is not None
+    rows = [Record({"text": text}, f"f:{line}") for line, text in enumerate(["a", "b", "1 é"])]
+    made = BatchEncoder(tokenizer, Encoder(tokenizer, 8))(rows)
+    assert [type(outcome) for outcome in made.outcomes] == [Kept, Rejected, Kept]
+    assert made.outcomes[1].reason == "the tokenizer refuses the text"
+    assert made.rows.column("input_ids").to_pylist() == [[1, 0], [2, 3, 0]]
 
 
 def test_what_a_call_left_in_the_tokenizer_is_undone():
