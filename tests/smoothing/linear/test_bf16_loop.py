@@ -42,8 +42,14 @@ def on_a_device():
     """Products and kernels of a device; yields the launches."""
     with watched() as launches:
         from smoothing.kernels import triton_ops
+        from smoothing.linear import bf16_loop
 
-        plain = triton_ops.gradient
+        plain, start = triton_ops.gradient, bf16_loop.start_all_reduce
+
+        def late_all_reduce(part, shard):
+            """Not done before it is waited for."""
+            done = []
+            return lambda: done or done.append(start(part, shard)())
 
         def gradient(*args, **kwargs):
             *rest, out = args
@@ -54,6 +60,7 @@ def on_a_device():
             mock.patch.object(matmul, "gemm_dtype", lambda compute, statistics, device: compute),
             mock.patch.object(matmul, "torch", DeviceTorch()),
             mock.patch.object(triton_ops, "gradient", gradient),
+            mock.patch.object(bf16_loop, "start_all_reduce", late_all_reduce),
         ):
             yield launches
 
