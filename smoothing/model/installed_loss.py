@@ -63,6 +63,7 @@ class InstalledLoss:
         self._forward = _Forward(model, self._with_its_loss)
         model.forward = self._forward
         model.loss_function = self
+        self._untraced_loss = untraced(self._loss)
         self._installed, self.called = True, False
         self.logits_in_eval = settings.logits_in_eval
         # called with the numbers of each forward's tokens; the fused head computes its logits once more for them
@@ -89,8 +90,11 @@ class InstalledLoss:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    @untraced
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the loss of `_loss`, which has a model's arguments, as `torch.compile` is to call it."""
+        return self._untraced_loss(*args, **kwargs)
+
+    def _loss(
         self,
         logits: Tensor,
         labels: Tensor | None = None,

@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def untraced(function: Function) -> Function:
-    """Decorate what `torch.compile` is to call as it is.
+    """Return what `torch.compile` is to call as it is; when a loss is installed, since this imports its compiler.
 
     Counting labels, collectives and checks of arguments have no graph: traced, they break it into dozens, which takes
     longer to compile than a model of two layers, and computes nothing faster.
@@ -45,7 +45,7 @@ class OutputHead:
         self._probed = False
         self._own = vars(lm_head).get("forward")
         self._plain = lm_head.forward
-        lm_head.forward = self.forward
+        lm_head.forward = untraced(self.forward)
 
     def remove(self) -> None:
         """Put back the head's own forward."""
@@ -63,7 +63,6 @@ class OutputHead:
         finally:
             self.forward_state = before
 
-    @untraced
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Runs in the place of `lm_head.forward`. Collectives: two all-gathers for all logits of a sharded head."""
         state = self.forward_state
