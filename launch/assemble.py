@@ -97,7 +97,6 @@ def check_arguments(options: SftOptions, args: SftTrainingArguments) -> None:
             "--train_sampling_strategy batch_rebalance is not supported: its order depends on the number of ranks, "
             "and it knows no --tp; use group_by_length"
         )
-    check_schedule(args)
     if options.streaming:
         check_streaming(args)
     if options.packing and args.train_sampling_strategy == "group_by_length":
@@ -109,6 +108,7 @@ def check_arguments(options: SftOptions, args: SftTrainingArguments) -> None:
         raise UserError("--use_cpu: DeepSpeed would be on the GPU; set the environment variable DS_ACCELERATOR=cpu")
     if args.fp16 and not get_accelerator().is_fp16_supported():
         raise UserError(f"--fp16 is not supported on {args.device.type}; leave it out, or try --bf16 true")
+    check_schedule(args)
 
 
 def check_streaming(args: SftTrainingArguments) -> None:

@@ -84,7 +84,7 @@ def test_what_reaches_the_model(monkeypatch, unseen):
         monkeypatch.setattr(Trainer, step, lambda _self, _model, inputs, *_: reached.append(dict(inputs)))
     trainer = object.__new__(SftTrainer)
     trainer._padding_is_unseen, trainer.train_meter = unseen, TokenMeter()
-    trainer.accelerator = SimpleNamespace(sync_gradients=False)
+    trainer.accelerator, trainer.calibration = SimpleNamespace(sync_gradients=False), None
     for step in (trainer.training_step, trainer.prediction_step):
         step(None, {"attention_mask": torch.ones(1), "label_tokens": 7, "tokens": 9, "where": []})
     assert [inputs.keys() for inputs in reached] == [{"label_tokens"} | (set() if unseen else {"attention_mask"})] * 2
