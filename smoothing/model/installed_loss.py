@@ -20,7 +20,7 @@ from smoothing.model.dense_loss import dense_cross_entropy
 from smoothing.model.forward_state import ForwardState, Gives, Labels
 from smoothing.model.gather_logits import gather_logits
 from smoothing.model.head_weight import acting_head, is_sharded, linear_map
-from smoothing.model.output_head import OutputHead, untraced
+from smoothing.model.output_head import OutputHead, Untraced
 from smoothing.model.support import UnsupportedModel, own_scale, own_softcap, text_config
 from smoothing.shard import VocabShard
 
@@ -63,7 +63,7 @@ class InstalledLoss:
         self._forward = _Forward(model, self._with_its_loss)
         model.forward = self._forward
         model.loss_function = self
-        self._untraced_loss = untraced(self._loss)
+        self._untraced_loss = Untraced(self._loss)
         self._installed, self.called = True, False
         self.logits_in_eval = settings.logits_in_eval
         # called with the numbers of each forward's tokens; the fused head computes its logits once more for them
@@ -92,7 +92,8 @@ class InstalledLoss:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss of `_loss`, which has a model's arguments, as `torch.compile` is to call it."""
-        return self._untraced_loss(*args, **kwargs)
+        value: Tensor = self._untraced_loss(*args, **kwargs)
+        return value
 
     def _loss(
         self,

@@ -1,8 +1,9 @@
 """A model's output head while a loss is installed: it gives what the forward under way asks for."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,26 @@ from smoothing.shard import VocabShard
 # What travels to the loss beside the loss itself: known numbers (a range: made where they are needed, without a copy
 # from the host) that show what the model does to its logits.
 PROBES = (-2, 9, 5)
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def untraced(function: Function) -> Function:
-    """Return what `torch.compile` is to call as it is; when a loss is installed, since this imports its compiler.
+class Untraced:
+    """A method that `torch.compile` calls as it is. Made when a loss is installed, since this imports its compiler.
 
     Counting labels, collectives and checks of arguments have no graph: traced, they break it into dozens, which takes
-    longer to compile than a model of two layers, and computes nothing faster.
+    longer to compile than a model of two layers, and computes nothing faster. An object, so that the method of a deep
+    copy is the copy's own.
     """
-    reason = "the loss counts labels on the host; the rest of it is matrix products"
-    disabled: Function = torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call]  # torch has no types for it
-    return disabled
+
+    def __init__(self, method: Callable[..., Any]):
+        self._method = method
+        reason = "the loss counts labels on the host; the rest of it is matrix products"
+        self._call = torch.compiler.disable(method, reason=reason)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Untraced":
+        return Untraced(copy.deepcopy(self._method, memo))
 
 
 class OutputHead:
@@ -45,7 +54,7 @@ class OutputHead:
         self._probed = False
         self._own = vars(lm_head).get("forward")
         self._plain = lm_head.forward
-        lm_head.forward = untraced(self.forward)
+        lm_head.forward = Untraced(self.forward)
 
     def remove(self) -> None:
         """Put back the head's own forward."""
