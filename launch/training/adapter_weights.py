@@ -27,6 +27,7 @@ def save_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path) 
     base = model.get_base_model()
     generation = copy.deepcopy(base.generation_config or GenerationConfig())
     generation.label_smoothing = base.config.label_smoothing
+    generation._from_model_config = False  # else transformers reads no key of ours
     generation.save_pretrained(folder)
 
 
