@@ -64,7 +64,7 @@ bench-gpu: setup ## The same on one GPU (ARGS), then training runs (TRAIN_ARGS),
 	python benchmarks/gpu.py $(ARGS)
 	python benchmarks/gpu_training.py $(TRAIN_ARGS)
 
-study: setup ## Does smoothing help? Fine-tune SmolLM2-135M with and without it, two hours on two cores (ARGS="--smoke")
+study: setup ## Does smoothing help? Fine-tune SmolLM2-135M with and without it, for hours on a CPU (ARGS="--smoke")
 	pip install --quiet --constraint constraints.txt --editable '.[study]'
 	python -m benchmarks.study $(ARGS)
 
