@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.study.base import smollm2
-from benchmarks.study.design import SMOKE, STUDY, Cell, Design, rows_of, write_jsonl
+from benchmarks.study.design import SMOKE, STUDY, Cell, Design, rows_of, rows_problem, write_jsonl
 from benchmarks.study.draw import draw
 from benchmarks.study.figures import figures_of
 from benchmarks.study.hardware import hardware
@@ -32,13 +32,14 @@ from launch.data.sources.stdlib_docstrings import docstring_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
-HELD_OUT, ROWS, RUN = "held_out.jsonl", "rows.jsonl", "run"
+HELD_OUT, ROWS, RUN, STUDY_FILE = "held_out.jsonl", "rows.jsonl", "run", "study.json"
 
 
 def main() -> None:
     args = arguments()
     design = chosen_design(args)
     args.folder.mkdir(parents=True, exist_ok=True)
+    check_same_study(args, design)
     base = base_model(args)
     write_data(args, design)
     run_all(design, base, args.folder)
@@ -70,6 +71,15 @@ def chosen_design(args: argparse.Namespace) -> Design:
     return replace(design, rows=args.rows or design.rows, held_out=args.held_out or design.held_out)
 
 
+def check_same_study(args: argparse.Namespace, design: Design) -> None:
+    """End if --folder holds what another study measured: its runs would be taken for this one's."""
+    study = {"design": asdict(design), "data": args.data, "eval_data": args.eval_data, "model": str(args.model)}
+    text, file = json.dumps(study, indent=1) + "\n", args.folder / STUDY_FILE
+    if file.exists() and file.read_text() != text:
+        sys.exit(f"{args.folder} holds a study of other rows, base or design ({file}); name another --folder")
+    file.write_text(text)
+
+
 def base_model(args: argparse.Namespace) -> Path:
     """Return the base's directory; the first time it is made."""
     if args.model:
@@ -90,6 +100,8 @@ def write_data(args: argparse.Namespace, design: Design) -> None:
         train, held_out = ([record.fields for record in part] for part in (corpus.train, corpus.heldout))
     else:
         train, held_out = ([record.fields for record in records_of(source)] for source in (args.data, args.eval_data))
+    if problem := rows_problem(train, held_out, design):
+        sys.exit(problem)
     write_jsonl(args.folder / HELD_OUT, held_out[: design.held_out])
     for cell in design.cells():
         (args.folder / cell.folder).mkdir(exist_ok=True)

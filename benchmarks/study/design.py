@@ -95,6 +95,18 @@ SMOKE = Design(
 )
 
 
+def rows_problem(train: Sequence[Mapping], held_out: Sequence[Mapping], design: Design) -> str | None:
+    """Return why a study cannot be made of these rows, or None."""
+    if len(train) < design.rows or len(held_out) < design.held_out:
+        return (
+            f"{len(train):,} rows in --data and {len(held_out):,} in --eval_data, where {design.rows:,} and "
+            f"{design.held_out:,} were expected; give more, or smaller --rows and --held_out"
+        )
+    if not any(name in train[0] for name in ANSWERS):
+        return f"the rows of --data have none of the columns {', '.join(ANSWERS)}, whose values are swapped"
+    return None
+
+
 def rows_of(records: Sequence[dict], cell: Cell, design: Design) -> list[dict]:
     """Return the rows that a run trains on: those of its seed, some with another row's answer."""
     draw = random.Random(cell.seed)

@@ -2,11 +2,13 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.study.design import STUDY, Cell, Design, Treatment, rows_of, swap_answers
+from benchmarks.study.__main__ import check_same_study
+from benchmarks.study.design import STUDY, Cell, Design, Treatment, rows_of, rows_problem, swap_answers
 from benchmarks.study.figures import BEST_EPOCH, TEMPERATURE, UNSMOOTHED, Resampling, arms_of, figures_of
 from benchmarks.study.measured import Measured
 from benchmarks.study.table import document
@@ -25,6 +27,21 @@ def test_every_treatment_of_a_seed_has_its_rows_and_another_seed_has_others():
     first = questions(Cell(PLAIN, 0))
     assert len(set(first)) == STUDY.rows
     assert questions(Cell(Treatment(0.1, noise=0.4), 0)) == first != questions(Cell(PLAIN, 1))
+
+
+def test_rows_that_no_study_can_be_made_of():
+    assert rows_problem(RECORDS, RECORDS, STUDY) is None
+    assert "smaller --rows and --held_out" in rows_problem(RECORDS[:9], RECORDS, STUDY)
+    assert "smaller --rows and --held_out" in rows_problem(RECORDS, RECORDS[:9], STUDY)
+    assert "columns answer" in rows_problem([{"text": "a"}] * 400, RECORDS, STUDY)
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path):
+    args = SimpleNamespace(folder=tmp_path, data="a", eval_data="b", model=None)
+    check_same_study(args, STUDY)
+    check_same_study(args, STUDY)
+    with pytest.raises(SystemExit, match="name another --folder"):
+        check_same_study(args, replace(STUDY, rows=7))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
