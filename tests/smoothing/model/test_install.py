@@ -950,7 +950,7 @@ def losses_of_adapters(stage: int) -> list[float]:
     return losses
 
 
-def test_adapters_on_a_head_that_zero_3_partitions(pair):
+def test_adapters_on_a_head_that_zero_3_partitions():
     pytest.importorskip("deepspeed")
     model, expected = with_adapters(), []
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -961,5 +961,6 @@ def test_adapters_on_a_head_that_zero_3_partitions(pair):
             optimizer.step()
             optimizer.zero_grad()
             expected.append(loss.item())
-    for losses in pair.run(losses_of_adapters, 3, time_limit=180):
-        assert losses == pytest.approx(expected, rel=1e-5)
+    with Ranks(2) as ranks:  # processes in which DeepSpeed has split no model: it keeps the groups of the last one
+        for losses in ranks.run(losses_of_adapters, 3, time_limit=180):
+            assert losses == pytest.approx(expected, rel=1e-5)
