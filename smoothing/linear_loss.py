@@ -168,11 +168,11 @@ def _checked(
     wanted = Wanted(*(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)))
     flat_T = target.reshape(leading.numel(), size) if target.is_floating_point() else target.reshape(-1)
     alike = ("linear", hidden.shape[-1], bias is None, weight.dtype, wanted, chunk_bytes, bool(fp32_logits))
-    call = LossCall.of(flat_T, shard, options, prior, dtype, num_items_in_batch, alike)
+    call = LossCall.of(flat_T, shard, options, prior, dtype, num_items_in_batch, alike, bool(return_stats))
     in_bf16 = runs_in_bf16(call, bias, fp32_logits)
     labelled = LabelledTokens.of(leading, flat_T, options.ignore_index, label_tokens, by_kernel=in_bf16)
     call = replace(call, target=labelled.select(flat_T) if labelled.labels_N is None else labelled.labels_N)
-    return _Job(call, labelled, wanted, num_items_in_batch, chunk_bytes, in_bf16 and call.tokens > 0, return_stats)
+    return _Job(call, labelled, wanted, num_items_in_batch, chunk_bytes, in_bf16 and call.tokens > 0)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,6 @@ class _Job:
     num_items_in_batch: int | Tensor | None
     chunk_bytes: int | None
     in_bf16: bool
-    return_stats: bool
 
     def run(self, *tensors: Any) -> Any:
         """Return the loss, and statistics if wanted: by way of autograd only where a gradient is wanted."""
@@ -242,7 +241,7 @@ class _Job:
         return _Outcome(loss, self._stats(result), result, gradients)
 
     def _stats(self, result: loop.Result) -> tuple[Tensor | None, ...]:
-        if not self.return_stats:
+        if not self.call.with_stats:
             return ()
         compact = self.call.token_stats(result.combined, result.combined.maximum.shape)
         return tuple(None if x is None else self.labelled.scatter(x, self.labelled.leading) for x in compact)

@@ -73,7 +73,7 @@ def vocab_parallel_cross_entropy(
     options = LossOptions(label_smoothing, ignore_index, reduction, z_loss, logit_softcap, logit_scale)
     try:
         logits, target, smoothing_prior, shard = local_logits(logits, target, smoothing_prior, shard)
-        call = _checked(logits, target, shard, options, smoothing_prior, num_items_in_batch)
+        call = _checked(logits, target, shard, options, smoothing_prior, num_items_in_batch, return_stats)
     except Exception as error:  # whatever it is, the other ranks must learn of it
         refuse_at_exchange(error, shard, logits, target)
     leading = logits.shape[:-1]
@@ -81,7 +81,7 @@ def vocab_parallel_cross_entropy(
         logits = logits * options.logit_scale
     logits_TS = logits.reshape(leading.numel(), logits.shape[-1])
     with torch.autocast(logits.device.type, enabled=False):
-        loss, *stats = _LogitsLoss.apply(logits_TS, call, num_items_in_batch, inplace_backward, return_stats)  # type: ignore[no-untyped-call]  # torch has no types for it
+        loss, *stats = _LogitsLoss.apply(logits_TS, call, num_items_in_batch, inplace_backward)  # type: ignore[no-untyped-call]  # torch has no types for it
     value: Tensor = loss.view(leading) if reduction == "none" else loss
     if not return_stats:
         return value
@@ -90,7 +90,13 @@ def vocab_parallel_cross_entropy(
 
 
 def _checked(
-    logits: Any, target: Any, shard: Any, options: LossOptions, prior: Any, num_items_in_batch: Any
+    logits: Any,
+    target: Any,
+    shard: Any,
+    options: LossOptions,
+    prior: Any,
+    num_items_in_batch: Any,
+    return_stats: Any,
 ) -> LossCall:
     """This call, its arguments looked at. Raises `ValueError` for one that is wrong."""
     if problem := transform_problem() or tensor_problem(logits=logits) or dtype_problem(logits=logits):
@@ -100,7 +106,7 @@ def _checked(
     if problem := argument_problem(logits, target, shard, options, prior, num_items_in_batch, width):
         raise ValueError(problem)
     flat_T = target.reshape(rows, width) if target.is_floating_point() else target.reshape(-1)
-    return LossCall.of(flat_T, shard, options, prior, logits.dtype, num_items_in_batch)
+    return LossCall.of(flat_T, shard, options, prior, logits.dtype, num_items_in_batch, with_stats=bool(return_stats))
 
 
 def smoothed_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor | tuple[Tensor, TokenStats]:
@@ -133,7 +139,6 @@ class _LogitsLoss(torch.autograd.Function):
         call: LossCall,
         num_items_in_batch: int | Tensor | None,
         inplace_backward: bool,
-        return_stats: bool,
     ) -> tuple[Tensor | None, ...]:
         backend = backend_for(logits_TS.device, call)
         own_FT = backend.statistics(logits_TS, call.target, call)
@@ -143,7 +148,7 @@ class _LogitsLoss(torch.autograd.Function):
         loss, ctx.divisor = backend.reduce(losses, call, num_items_in_batch)
         # target and prior are saved only so that changing them is noticed
         ctx.save_for_backward(logits_TS, combined.maximum, scale_T, call.target, call.prior)
-        if not return_stats:
+        if not call.with_stats:
             return (loss,)
         stats = call.token_stats(combined, losses.loss_T.shape)
         ctx.mark_non_differentiable(*(x for x in stats if x is not None))
@@ -157,4 +162,4 @@ class _LogitsLoss(torch.autograd.Function):
         out_TS = logits_TS.detach() if ctx.inplace_backward else torch.empty_like(logits_TS)
         numbers = (maximum_T, scale_T, upstream)
         gradient = ctx.backend.gradient(logits_TS, call.target, call, *numbers, out_TS, divisor=ctx.divisor)
-        return gradient, None, None, None, None
+        return gradient, None, None, None

@@ -278,7 +278,7 @@ def test_statistics(ranks, name, leading):
         "nll": z.logsumexp(-1) - at_target,
         "lse": z.logsumexp(-1),
         "confidence": z.softmax(-1).amax(-1),
-        "correct": at_target == z.amax(-1),
+        "correct": z.argmax(-1) == case.target,
         "valid": case.valid,
     }
     for loss, fields, right_type, attached in ranks.run(statistics, case, torch.float64, leading):

@@ -36,7 +36,7 @@ class TokenNumbers(NamedTuple):
     Attributes:
         nll: `-log p_y`.
         confidence: the largest probability.
-        correct: 1 where the label alone has the largest logit, 1/k where it shares it with k-1 others, else 0.
+        correct: 1 where the label is `argmax` of the logits (of several largest ones the first), else 0.
         entropy: `-Σ p log p`.
         sum_square: `Σ p²`; the Brier score over the vocabulary is `1 - 2·exp(-nll) + Σ p²`.
         nll_at: nll at each temperature, `[..., G]`: of the softmax of `z / T`.
@@ -91,7 +91,7 @@ def token_numbers(
         ValueError: on every rank, if any rank's arguments are wrong or the ranks' differ.
 
     Collectives:
-        One all-gather of 72 bytes, and one of 6 + G numbers a token; with `unsmooth` one more of those.
+        One all-gather of 72 bytes, and one of 5 + G numbers a token; with `unsmooth` one more of those.
     """
     given = _Given(temperatures, unsmooth, floor, temperature, ignore_index, logit_softcap)
     try:

@@ -3,7 +3,7 @@
 Legend: N tokens, n those of a chunk, K real columns of this rank, R ranks, G temperatures. Each rank describes each
 token by sums over its own columns, relative to its own maximum `m_r`:
 
-    s = Σ exp(z-m)     e = Σ (z-m)·exp(z-m)     q = Σ exp(2(z-m))     k = Σ [z = m]     s_T = Σ exp((z-m)/T)
+    s = Σ exp(z-m)     e = Σ (z-m)·exp(z-m)     q = Σ exp(2(z-m))     s_T = Σ exp((z-m)/T)
 
 With M the maximum of all ranks they become s·exp(m-M), (e + (m-M)·s)·exp(m-M), q·exp(2(m-M)), s_T·exp((m-M)/T).
 """
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from smoothing.core.call import LossCall
-from smoothing.kernels.torch_ops import finite_or_zero
+from smoothing.core.statistics import is_first_at_maximum, label_below_maximum
+from smoothing.kernels.torch_ops import finite_or_zero, signed_zeros
 
-FIXED = 6  # numbers a token besides one for each temperature
+FIXED = 5  # numbers a token besides one for each temperature
 
 
 class Figures(NamedTuple):
@@ -42,29 +43,29 @@ class Base(NamedTuple):
 
 
 def shard_sums(z_nK: Tensor, target_n: Tensor, call: LossCall, temperatures: tuple[float, ...]) -> Tensor:
-    """Return this rank's sums, `[FIXED + G, n]`: m, s, e, q, k, z_y - m and s_T. Overwrites the logits."""
+    """Return this rank's sums, `[FIXED + G, n]`: m, s, e, q, z_y - m and s_T. Overwrites the logits.
+
+    The zeros of z_y - m are signed, as `smoothing.core.statistics` says.
+    """
     if z_nK.shape[1] == 0:
         nothing = z_nK.new_zeros(FIXED + len(temperatures), len(z_nK))
         nothing[0] = -torch.inf
         return nothing
     maximum_n = z_nK.amax(1)
-    ties_n = (z_nK == maximum_n.unsqueeze(1)).sum(1).to(z_nK.dtype)
     z_nK.sub_(finite_or_zero(maximum_n).unsqueeze(1))
     owned_n, column_n = call.local_target(target_n)
     label_n = torch.where(owned_n, z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1), 0.0)
+    label_n = signed_zeros(z_nK, label_n, owned_n, column_n)
     at = [(z_nK / temperature).exp_().sum(1) for temperature in temperatures]
     exp_nK = z_nK.exp()
     sum_square_n = exp_nK.square().sum(1)
     weighted_n = z_nK.mul_(exp_nK).nan_to_num_(nan=0.0).sum(1)  # -inf·0, of a column without probability
-    return torch.stack([maximum_n, exp_nK.sum(1), weighted_n, sum_square_n, ties_n, label_n, *at])
+    return torch.stack([maximum_n, exp_nK.sum(1), weighted_n, sum_square_n, label_n, *at])
 
 
 def combine(sums_RFN: Tensor, owner_N: Tensor, temperatures: tuple[float, ...]) -> tuple[Figures, Base]:
-    """Return what all ranks' sums say of each token, alike everywhere, and what log-probabilities are relative to.
-
-    A label that shares the top logit with k-1 others counts as one k-th correct.
-    """
-    maximum_RN, sum_RN, weighted_RN, square_RN, ties_RN, label_RN = sums_RFN[:, :FIXED].unbind(1)
+    """Return what all ranks' sums say of each token, alike everywhere, and what log-probabilities are relative to."""
+    maximum_RN, sum_RN, weighted_RN, square_RN, label_RN = sums_RFN[:, :FIXED].unbind(1)
     maximum_N = maximum_RN.amax(0)
     shift_RN = maximum_RN - maximum_N
     scale_RN = shift_RN.exp()
@@ -73,10 +74,8 @@ def combine(sums_RFN: Tensor, owner_N: Tensor, temperatures: tuple[float, ...]) 
     log_sum_N = sum_N.log()
     entropy_N = log_sum_N - ((weighted_RN + shifted_RN) * scale_RN).sum(0) / sum_N
     square_N = (square_RN * scale_RN.square()).sum(0) / sum_N.square()
-    ties_N = torch.where(shift_RN == 0, ties_RN, 0.0).sum(0)
-    owner_1N = owner_N.unsqueeze(0)
-    label_N = (label_RN.gather(0, owner_1N) + shift_RN.gather(0, owner_1N)).squeeze(0)
-    correct_N = (label_N == 0).to(ties_N.dtype) / ties_N
+    label_N = label_below_maximum(label_RN, shift_RN, owner_N)
+    correct_N = is_first_at_maximum(label_N).to(label_N.dtype)
     nll, confidence = [], []
     for temperature, sum_at_RN in zip(temperatures, sums_RFN[:, FIXED:].unbind(1), strict=True):
         sum_at_N = (sum_at_RN * (shift_RN / temperature).exp()).sum(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from smoothing.core import agreement
 from smoothing.core.agreement import OFFSET, Handshake, Header
 from smoothing.core.options import LossOptions
-from smoothing.core.statistics import Combined
+from smoothing.core.statistics import Combined, is_first_at_maximum
 from smoothing.shard import VocabShard
 
 HEADERS_KEPT = 64
@@ -27,8 +27,8 @@ class TokenStats(NamedTuple):
         nll: unsmoothed loss; for probabilities of mass m it is `m·lse - Σ p_v z_v`. Floats have the loss's dtype.
         lse: `log Σ exp z`.
         confidence: the largest probability.
-        correct: bool, whether the target attains the largest logit, alone or with others, which bf16 logits often do
-            (`token_numbers` counts one k-th then); None where targets are probabilities.
+        correct: bool, whether the target is `argmax` of the logits: of several largest ones, which bf16 logits often
+            have, the first; None where targets are probabilities.
         valid: bool, whether the token has a label.
     """
 
@@ -51,6 +51,7 @@ class LossCall:
     input_dtype: torch.dtype
     batch_checksum: Tensor | None = None  # see `agreement`; None for one rank
     alike: tuple[object, ...] = ()  # whatever else the ranks must have alike
+    with_stats: bool = False  # whether `token_stats` is asked for: only then is looked for logits equal to a label's
 
     @classmethod
     def of(
@@ -62,6 +63,7 @@ class LossCall:
         input_dtype: torch.dtype,
         num_items_in_batch: int | Tensor | None = None,
         alike: tuple[object, ...] = (),
+        with_stats: bool = False,
     ) -> "LossCall":
         """Return a call of checked arguments.
 
@@ -73,6 +75,7 @@ class LossCall:
             input_dtype: what logits are computed in.
             num_items_in_batch: the divisor, which the ranks compare.
             alike: whatever else they must have alike.
+            with_stats: whether `token_stats` is asked for.
         """
         statistics_dtype = torch.float64 if input_dtype == torch.float64 else torch.float32
         return cls(
@@ -84,6 +87,7 @@ class LossCall:
             input_dtype=input_dtype,
             batch_checksum=(agreement.batch_checksum(target, num_items_in_batch) if shard.world_size > 1 else None),
             alike=alike,
+            with_stats=with_stats,
         )
 
     @property
@@ -201,7 +205,7 @@ class LossCall:
         nll_T = combined.label_mass * combined.log_sum_exp - combined.label
         lse_T = combined.maximum + combined.log_sum_exp
         confidence_T = (-combined.log_sum_exp).exp()
-        correct_T = None if self.soft else (valid_T & (combined.label == 0)).view(shape)
+        correct_T = None if self.soft else (valid_T & is_first_at_maximum(combined.label)).view(shape)
         nll, lse, confidence = (x.masked_fill(~valid_T, 0.0).view(shape) for x in (nll_T, lse_T, confidence_T))
         return TokenStats(nll, lse, confidence, correct_T, valid_T.view(shape))
 

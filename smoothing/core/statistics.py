@@ -7,6 +7,9 @@ Legend: T tokens, K real columns of this rank, R ranks, F statistics. Each rank 
 over its own columns, where `p` is the label distribution (one-hot: t_r = z_y - m_r on the rank that owns y)
 and `u` the smoothing prior. Everything is relative to a maximum, so a common offset of the logits cancels
 before it can cost digits, and no `log(exp(x))` is taken anywhere.
+
+Where statistics of tokens are asked for, the zero `t_r` of a label that attains the maximum tells one thing more: it
+is -0.0 where an earlier column attains it too, so that the first index wins, as in `argmax`. That costs no byte.
 """
 
 from typing import Any, NamedTuple
@@ -71,8 +74,7 @@ def add_up(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor
     shift_RT = maximum_RT - maximum_T
     log_sum_exp_T = (sum_exp_RT * shift_RT.exp()).sum(0).log()
     if label_owner_T is not None:
-        owner_1T = label_owner_T.unsqueeze(0)
-        label_T = (label_RT.gather(0, owner_1T) + shift_RT.gather(0, owner_1T)).squeeze(0)
+        label_T = label_below_maximum(label_RT, shift_RT, label_owner_T)
         label_mass_T = torch.ones_like(maximum_T)
     else:
         label_mass_RT = stats_RFT[:, -1]
@@ -82,6 +84,23 @@ def add_up(stats_RFT: Tensor, label_owner_T: Tensor | None, prior_mass_R: Tensor
     if prior_mass_R is not None:
         prior_T = _shifted_sum(stats_RFT[:, 3], prior_mass_R.unsqueeze(1).to(shift_RT.dtype), shift_RT)
     return Combined(maximum_T, log_sum_exp_T, label_T, prior_T, label_mass_T)
+
+
+def label_below_maximum(label_RT: Tensor, shift_RT: Tensor, owner_T: Tensor) -> Tensor:
+    """`z_y - M`, `[T]`; -0.0 for a label that attains M after an earlier column. `shift` is m_r - M of each rank."""
+    owner_1T = owner_T.unsqueeze(0)
+    label_T, shift_T = (x_RT.gather(0, owner_1T).squeeze(0) for x_RT in (label_RT, shift_RT))
+    label_T = torch.where(shift_T == 0, label_T, label_T + shift_T)  # -0.0 + 0.0 would lose the sign
+    if len(shift_RT) == 1:
+        return label_T
+    earlier_R1 = torch.arange(len(shift_RT), device=owner_T.device).unsqueeze(1)
+    beaten_T = ((shift_RT == 0) & (earlier_R1 < owner_1T)).any(0)
+    return torch.where(beaten_T & (label_T == 0), -0.0, label_T)
+
+
+def is_first_at_maximum(label_T: Tensor) -> Tensor:
+    """Whether labels are what `argmax` finds, by `label_below_maximum`."""
+    return (label_T == 0) & ~label_T.signbit()
 
 
 def token_loss(combined: Combined, label_smoothing: float, z_loss: float) -> Tensor:

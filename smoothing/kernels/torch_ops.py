@@ -45,7 +45,8 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
             label_mass_T[chunk] = p_nK.sum(1)
         else:
             owned_n, column_n = call.local_target(target[chunk])
-            label_T[chunk] = torch.where(owned_n, z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1), 0.0)
+            label_n = torch.where(owned_n, z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1), 0.0)
+            label_T[chunk] = signed_zeros(z_nK, label_n, owned_n, column_n) if call.with_stats else label_n
         if prior_T is not None and call.options.label_smoothing > 0:
             prior_T[chunk] = (
                 z_nK.sum(1) / call.shard.vocab_size if call.prior is None else weighted_sum(call.prior, z_nK)
@@ -65,15 +66,17 @@ def statistics_in_place(z_nK: Tensor, target_n: Tensor, call: LossCall) -> Tenso
         return ShardStatistics.nothing(count, soft=False, prior=False, dtype=dtype, device=device).stack()
     maximum_n, sum_exp_n = (torch.empty(count, dtype=dtype, device=device) for _ in range(2))
     owned_n, column_n = call.local_target(target_n)
-    at_label_n = z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1)
+    label_n = z_nK.gather(1, column_n.unsqueeze(1)).squeeze(1)
     step = max(1, CHUNK_ELEMENTS // real_size)
     for start in range(0, count, step):
         rows = slice(start, start + step)
         z_bK = z_nK[rows]
         torch.amax(z_bK, 1, out=maximum_n[rows])
-        z_bK.sub_(finite_or_zero(maximum_n[rows]).unsqueeze(1)).exp_()
-        torch.sum(z_bK, 1, out=sum_exp_n[rows])
-    label_n = torch.where(owned_n, at_label_n - finite_or_zero(maximum_n), 0.0)
+        base_b = finite_or_zero(maximum_n[rows])
+        z_bK.sub_(base_b.unsqueeze(1))
+        label_b = torch.where(owned_n[rows], label_n[rows] - base_b, 0.0)
+        label_n[rows] = signed_zeros(z_bK, label_b, owned_n[rows], column_n[rows]) if call.with_stats else label_b
+        torch.sum(z_bK.exp_(), 1, out=sum_exp_n[rows])
     return ShardStatistics(maximum_n, sum_exp_n, label_n, None).stack()
 
 
@@ -156,6 +159,22 @@ def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
 def finite_or_zero(maximum_n: Tensor) -> Tensor:
     """What logits are taken relative to: where all are -inf there is no maximum, and nothing that needs one."""
     return torch.where(maximum_n == -torch.inf, 0.0, maximum_n)
+
+
+def signed_zeros(z_nK: Tensor, label_n: Tensor, owned_n: Tensor, column_n: Tensor) -> Tensor:
+    """`label_n`, -0.0 where it is 0 and an earlier column of the logits, relative to their maximum, is 0 too."""
+    top_n, column_n1 = owned_n & (label_n == 0), column_n.unsqueeze(1)
+    if z_nK.device.type != "cpu":
+        return torch.where(top_n & (z_nK.argmax(1) != column_n), -0.0, label_n)
+    # `amax` is ten times as fast as `argmax` there, and hardly any token needs the latter
+    at_column_n1 = z_nK.gather(1, column_n1)
+    tied_n = top_n & (z_nK.scatter_(1, column_n1, -torch.inf).amax(1) == 0)
+    z_nK.scatter_(1, column_n1, at_column_n1)
+    if not tied_n.any():
+        return label_n
+    rows = tied_n.nonzero().squeeze(1)
+    later = rows[z_nK[rows].argmax(1) != column_n[rows]]
+    return label_n.index_fill(0, later, -0.0)
 
 
 def weighted_sum(weight: Tensor, z_nK: Tensor) -> Tensor:

@@ -64,17 +64,24 @@ def _add_block(
     real_size,
     uniform,
     cap,
+    at,
+    z_y,
     maximum,
     sum_exp,
     weighted,
     mass,
+    alike,
     CAPPED: tl.constexpr,
+    WITH_STATS: tl.constexpr,
     SMOOTHED: tl.constexpr,
     UNIFORM: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row's statistics with a block more: relative to the largest logit so far, and moved when that grows."""
+    """A row's statistics with a block more: relative to the largest logit so far, and moved when that grows.
+
+    `alike` counts the columns before the label's, `at`, whose logits are equal to its own, `z_y`.
+    """
     column = first + tl.arange(0, BLOCK)
     inside = column < real_size
     z = _read_block(row_logits, column_stride, column, inside, cap, CAPPED, MASKED)
@@ -97,7 +104,9 @@ def _add_block(
             u = _read_prior(priors, column, inside, MASKED)
             weighted += tl.sum(tl.where(u != 0, u * relative, 0.0), 0)
             mass += tl.sum(u, 0)
-    return larger, sum_exp, weighted, mass
+    if WITH_STATS:
+        alike += tl.sum(((z == z_y) & (column < at)).to(tl.int32), 0)
+    return larger, sum_exp, weighted, mass, alike
 
 
 @triton.jit(do_not_specialize=["count", "start", "ignore_index"])
@@ -115,6 +124,7 @@ def statistics_kernel(
     ignore_index,
     cap,
     CAPPED: tl.constexpr,
+    WITH_STATS: tl.constexpr,
     SMOOTHED: tl.constexpr,
     WITH_FIELD: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -127,24 +137,28 @@ def statistics_kernel(
     # a row that is left out keeps its statistics finite all the way: maximum 0, sum of exponentials 1
     maximum, sum_exp, label, weighted, mass = 0.0, 1.0, 0.0, 0.0, 0.0
     if target != ignore_index:
-        maximum, sum_exp = float("-inf"), 0.0
-        whole = real_size // BLOCK * BLOCK
-        for first in range(0, whole, BLOCK):
-            maximum, sum_exp, weighted, mass = _add_block(
-                row_logits, column_stride, priors, first, real_size, uniform, cap,
-                maximum, sum_exp, weighted, mass, CAPPED, SMOOTHED, UNIFORM, False, BLOCK,
-            )  # fmt: skip
-        if whole < real_size:
-            maximum, sum_exp, weighted, mass = _add_block(
-                row_logits, column_stride, priors, whole, real_size, uniform, cap,
-                maximum, sum_exp, weighted, mass, CAPPED, SMOOTHED, UNIFORM, True, BLOCK,
-            )  # fmt: skip
-        at = target - start
-        if (at >= 0) & (at < real_size):
+        at, z_y, alike = target - start, 0.0, 0
+        owned = (at >= 0) & (at < real_size)
+        if owned:
             z_y = tl.load(row_logits + at * column_stride).to(tl.float32)
             if CAPPED:
                 z_y = _capped(z_y, cap)
+        maximum, sum_exp = float("-inf"), 0.0
+        whole = real_size // BLOCK * BLOCK
+        for first in range(0, whole, BLOCK):
+            maximum, sum_exp, weighted, mass, alike = _add_block(
+                row_logits, column_stride, priors, first, real_size, uniform, cap, at, z_y,
+                maximum, sum_exp, weighted, mass, alike, CAPPED, WITH_STATS, SMOOTHED, UNIFORM, False, BLOCK,
+            )  # fmt: skip
+        if whole < real_size:
+            maximum, sum_exp, weighted, mass, alike = _add_block(
+                row_logits, column_stride, priors, whole, real_size, uniform, cap, at, z_y,
+                maximum, sum_exp, weighted, mass, alike, CAPPED, WITH_STATS, SMOOTHED, UNIFORM, True, BLOCK,
+            )  # fmt: skip
+        if owned:
             label = z_y - tl.where(maximum == float("-inf"), 0.0, maximum)
+            if WITH_STATS:  # see `statistics`: an earlier column is what argmax finds
+                label = tl.where((label == 0.0) & (alike > 0), -0.0, label)
     tl.store(stats + row, maximum)
     tl.store(stats + count + row, sum_exp)
     tl.store(stats + 2 * count + row, label)
@@ -216,6 +230,8 @@ def combine_kernel(
         maximum = tl.maximum(maximum, tl.load(stats + rank * rank_stride + token, mask=inside, other=0.0))
     nothing = tl.zeros([BLOCK], tl.float32)
     sum_exp, label, prior = nothing, nothing, nothing
+    attained = tl.zeros([BLOCK], tl.int1)  # the maximum, by a rank before
+    beaten = attained
     for rank in range(RANKS):
         own = stats + rank * rank_stride + token
         shift = tl.load(own, mask=inside, other=0.0) - maximum
@@ -225,11 +241,16 @@ def combine_kernel(
             start = tl.load(headers + rank * HEADER + START)
             mass = tl.load(header_floats + rank * HEADER + MASS).to(tl.float32)
         # of the ranks that start at the label or before, the last one holds it
-        label = tl.where(start <= inside_vocabulary, tl.load(own + 2 * field_stride, mask=inside) + shift, label)
+        holds = start <= inside_vocabulary
+        own_label = tl.load(own + 2 * field_stride, mask=inside)
+        label = tl.where(holds, tl.where(shift == 0, own_label, own_label + shift), label)  # -0.0 keeps its sign
+        beaten = tl.where(holds, attained, beaten)
+        attained = attained | (shift == 0)
         if WITH_FIELD:
             # a shard without mass may have a shift of -inf: 0·inf is not 0
             moved = tl.where(mass != 0, mass * shift, 0.0)
             prior += tl.load(own + 3 * field_stride, mask=inside, other=0.0) + moved
+    label = tl.where(beaten & (label == 0), -0.0, label)
     if WITH_STATES:
         row = token.to(tl.int64) * state_stride
         prior = mean_scale * _dot(states, row, inside, mean_row, width, BLOCK, BLOCK_H) - maximum

@@ -52,6 +52,7 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
                 options.ignore_index,
                 options.logit_softcap or 1.0,
                 CAPPED=options.logit_softcap is not None,
+                WITH_STATS=call.with_stats,
                 SMOOTHED=with_prior and options.label_smoothing > 0,
                 WITH_FIELD=with_prior,
                 UNIFORM=call.prior is None,

@@ -33,6 +33,6 @@ def _stats(flat_TV: Tensor, target_T: Tensor, valid_T: Tensor, shape: torch.Size
     lse_T, max_T = flat_TV.logsumexp(1), flat_TV.amax(1)
     label_T = flat_TV.gather(1, target_T.where(valid_T, 0).unsqueeze(1)).squeeze(1)
     per_token = (lse_T - label_T, lse_T, (max_T - lse_T).exp())
-    correct = (valid_T & (label_T == max_T)).view(shape)
+    correct = (valid_T & (label_T == max_T) & (flat_TV.argmax(1) == target_T)).view(shape)
     nll, lse, confidence = (x.where(valid_T, 0.0).view(shape) for x in per_token)
     return TokenStats(nll, lse, confidence, correct, valid_T.view(shape))

@@ -27,12 +27,11 @@ def numbers_of(logits, target, temperatures) -> dict:
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     label = target.clamp(min=0).unsqueeze(-1)
-    top = logits == logits.amax(-1, keepdim=True)
     at = [(logits / t).log_softmax(-1) for t in temperatures]
     return {
         "nll": -log_p.gather(-1, label).squeeze(-1),
         "confidence": p.amax(-1),
-        "correct": top.gather(-1, label).squeeze(-1).to(p.dtype) / top.sum(-1),
+        "correct": (logits.argmax(-1) == target).to(p.dtype),
         "entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1),
         "sum_square": p.square().sum(-1),
         "nll_at": torch.stack([-q.gather(-1, label).squeeze(-1) for q in at], -1),
@@ -132,10 +131,10 @@ def test_fp32_errs_at_most_twice_as_much_as_the_plain_method(dtype, spread):
         assert error <= 2 * (plain[name].double() - truth[name]).abs().max() + 4e-6 * truth[name].abs().max()
 
 
-def test_a_tie_at_the_top_counts_as_one_kth():
-    logits = torch.tensor([[2.0, 1.0, 2.0, 2.0], [0.0, 3.0, 1.0, 1.0], [5.0, 5.0, 0.0, 0.0]])
-    correct = token_numbers(logits, torch.tensor([3, 1, 2])).correct
-    assert torch.equal(correct, torch.tensor([1 / 3, 1.0, 0.0]))
+def test_of_several_largest_logits_the_first_is_the_model_s_guess():
+    logits = torch.tensor([[2.0, 1.0, 2.0, 2.0], [0.0, 3.0, 1.0, 1.0], [5.0, 5.0, 0.0, 0.0], [1.0, 4.0, 4.0, 4.0]])
+    correct = token_numbers(logits, torch.tensor([3, 1, 2, 1])).correct
+    assert torch.equal(correct, torch.tensor([0.0, 1.0, 0.0, 1.0]))
 
 
 @pytest.mark.parametrize("prior", [None, "given"])
