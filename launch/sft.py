@@ -56,6 +56,7 @@ from launch.run.directory import Run, open_run
 from launch.run.layout import layout
 from launch.run.started import first_day
 from launch.training.beginning import begin_as_rows
+from launch.training.engine import what_training_waits_for
 from launch.training.export import export
 from launch.training.generation import stop_generation
 from launch.training.next_steps import next_steps
@@ -106,7 +107,7 @@ def main(argv: list[str], callbacks: Sequence[TrainerCallback] = ()) -> None:
 
 def train(trainer: SftTrainer, run: Run) -> None:
     """Train to the end. Raises `Stopped` after a signal, with a checkpoint written."""
-    say("setting up DeepSpeed and the optimizer; the first step finds memory, and on a GPU compiles kernels")
+    say(what_training_waits_for(trainer.args.hf_deepspeed_config.config))
     with trainer.milestones.stop as stop, reading(run.checkpoint):
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if run.converted:

@@ -114,7 +114,7 @@ def _read_json(path: str, options: SftOptions) -> dict:
 
 def _read(path: str, options: SftOptions) -> dict:
     """The user's own file, with "auto" for what it leaves to the recipe, as in the built-in files."""
-    from launch.config.deepspeed_file import check_file  # imports DeepSpeed
+    from launch.config.deepspeed_file import check_file, offloads_optimizer  # imports DeepSpeed
 
     config = _read_json(path, options)
     check_file(config, f"--deepspeed {path}")
@@ -122,4 +122,6 @@ def _read(path: str, options: SftOptions) -> dict:
         config.setdefault(key, value)
     for precision in ("bf16", "fp16"):
         config[precision].setdefault("enabled", "auto")
+    if offloads_optimizer(config) and "optimizer" not in config:  # torch's own, which need not be compiled
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config

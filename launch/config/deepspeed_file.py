@@ -75,7 +75,7 @@ def _check_value(name: str, value: Any, default: Any, config: dict, source: str)
     elif name in PLAIN:
         check_section(value, PLAIN[name], source)
     elif name == "optimizer":
-        check_optimizer(value, _offloaded(config), source)
+        check_optimizer(value, offloads_optimizer(config), source)
     elif name == "scheduler":
         check_scheduler(value, source)
     elif name in BATCH:
@@ -85,7 +85,8 @@ def _check_value(name: str, value: Any, default: Any, config: dict, source: str)
         check_type(value, default, source)
 
 
-def _offloaded(config: dict) -> bool:
+def offloads_optimizer(config: dict) -> bool:
+    """Return whether a configuration keeps the optimizer off the device."""
     zero = config.get("zero_optimization")
     offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
     return isinstance(offload, dict) and offload.get("device") in ("cpu", "nvme")

@@ -12,8 +12,21 @@ from launch.common.library_patches import (
     place_step_counts,
 )
 from launch.common.paths import CHECKPOINT
+from launch.config.deepspeed_file import offloads_optimizer
 from launch.data.sampler import EpochSampler
 from launch.process.ranks import from_main
+
+
+def what_training_waits_for(config: dict) -> str:
+    """Return what goes on before the first step is told, for the log."""
+    waits = "setting up DeepSpeed and the optimizer; the first step finds memory, and on a GPU compiles kernels"
+    if "optimizer" in config and offloads_optimizer(config):
+        waits += (
+            "\nDeepSpeed may compile the optimizer of its configuration for the CPU, once, some minutes; if nothing "
+            "goes on then, an interrupted compilation has left a file named lock below ~/.cache/torch_extensions: "
+            "remove it"
+        )
+    return waits
 
 
 class EngineReady(TrainerCallback):

@@ -1,8 +1,8 @@
 """One process, two tensor-parallel and two data-parallel ranks: the same losses and the same exported model.
 
-Real DeepSpeed engines, from one saved checkpoint each: ZeRO 0 to 3, tied and untied embeddings, any accumulation, a
-vocabulary that does not divide; a counted prior and a z-loss, which the dense head does not have. Two tensor-parallel
-ranks are started by deepspeed's launcher, the others are forked.
+Real DeepSpeed engines, from one saved checkpoint each: ZeRO 0 to 3, optimizer and weights on the CPU, tied and untied
+embeddings, any accumulation, a vocabulary that does not divide; a counted prior and a z-loss, which the dense head
+does not have. Two tensor-parallel ranks are started by deepspeed's launcher, the others are forked.
 """
 
 import json
@@ -56,6 +56,7 @@ SETUPS = [
     (2, 1, 2, 1, ""),
     (2, 1, 1, 2, ""),
     (2, 1, 2, 3, ""),
+    (2, 1, 1, 3, "--offload true"),
     (2, 2, 1, 0, ""),
     (2, 2, 2, 1, ""),
     (2, 2, 1, 2, ""),

@@ -174,6 +174,13 @@ def test_what_a_file_leaves_out_is_the_recipes(read):
     assert read({"gradient_clipping": 3})["gradient_clipping"] == 3
 
 
+def test_an_optimizer_on_the_cpu_is_torch_s_unless_the_file_names_one(read):
+    offloaded = zero(stage=3, offload_optimizer={"device": "cpu"})
+    assert read(offloaded)["zero_force_ds_cpu_optimizer"] is False
+    assert "zero_force_ds_cpu_optimizer" not in read(zero(stage=3))
+    assert "zero_force_ds_cpu_optimizer" not in read(offloaded | {"optimizer": {"type": "AdamW", "params": {}}})
+
+
 def test_the_train_batch_size_follows_from_the_others(read):
     tp = {"tensor_parallel": {"autotp_size": 2}}
     assert "train_batch_size" not in read({"train_batch_size": "auto"})
