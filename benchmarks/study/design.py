@@ -71,10 +71,19 @@ STUDY = Design(
         Treatment(0.1, noise=0.4),
     ),
     seeds=3,
-    rows=96,
-    held_out=200,
-    epochs=(1, 2, 4),
-    flags=("--learning_rate", "2e-4", "--per_device_train_batch_size", "8", "--bf16", "true"),
+    rows=64,
+    held_out=128,
+    epochs=(1, 2, 3),
+    flags=(
+        "--learning_rate",
+        "2e-4",
+        "--per_device_train_batch_size",
+        "8",
+        "--bf16",
+        "true",
+        "--train_sampling_strategy",
+        "group_by_length",
+    ),
 )
 SMOKE = Design(
     treatments=(Treatment(0.0), Treatment(0.1), Treatment(0.1, "unigram"), Treatment(0.0, noise=0.4)),
