@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
     with rendezvous():
         deepspeed.init_distributed(verbose=False)
     columns = Columns(column_names(run_options.columns))
-    tokenizer, data = load_data(run_options, sources=with_choices(run_sources(run_options), columns))
+    sources = with_choices(run_sources(run_options), columns)
+    tokenizer, data = load_data(run_options, sources=sources, purpose="to measure on")
     if options.base is not None:
         on_all_ranks(lambda: check_tokenizer(options, tokenizer))
     with Watchdog(run_options.stall_timeout) as watchdog:

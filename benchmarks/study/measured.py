@@ -56,7 +56,7 @@ PARTS = ("even", "as_trained", "unsmoothed", "after_temperature")
 
 def measure(model, tokenizer, rows: str, options: SftOptions, prior: Tensor | None) -> Measured:
     """Measure a model that is being trained, on the rows of a file. `prior`: that of its smoothing; None: uniform."""
-    data = load_data(replace(options, data=[rows], eval_fraction=0.0))[1]
+    data = load_data(replace(options, data=[rows], eval_fraction=0.0), purpose="to measure on")[1]
     training = model.training
     evaluator = Evaluator.of(model, tokenizer, BATCH, prior)
     kinds = kinds_of(tokenizer, evaluator.vocab_size, data.summary.stops)

@@ -38,13 +38,16 @@ STREAMING_WORKERS = 2  # of a rank: fewer would never encode while the rank trai
 
 
 def load_data(
-    options: SftOptions, day: date | None = None, sources: Sources | None = None
+    options: SftOptions,
+    day: date | None = None,
+    sources: Sources | None = None,
+    purpose: str = "to train on",
 ) -> tuple[PreTrainedTokenizerBase, EncodedData]:
     """Load the tokenizer and the encoded rows; print what was found and dropped, and one row with its label mask.
 
     The rows are prepared on the first rank of each machine, unless an earlier run has done so. `day` is the date that
     a chat template is told: the day on which the run was first started, so that a resumed run has the same rows.
-    `sources` are read in the place of those that the options name.
+    `sources` are read in the place of those that the options name. `purpose`: what the log says of the rows.
 
     Collectives: those of `once_a_machine`.
     """
@@ -60,7 +63,7 @@ def load_data(
         data = replace(data, streaming=make_streaming(options, sources, data, encoder, paths["sources"]))
         say(f"data: streamed, and never prepared as a whole; what follows tells its first {FIRST_ROWS:,} rows")
     check(data, options)
-    describe(data, options, paths["found"])
+    describe(data, options, paths["found"], purpose)
     say(describe_example(data.train[0], tokenizer))
     return tokenizer, data
 
@@ -151,11 +154,12 @@ def check(data: EncodedData, options: SftOptions) -> None:
                 )
 
 
-def describe(data: EncodedData, options: SftOptions, found: bool) -> None:
-    """Print what there is to train on, and what was dropped."""
+def describe(data: EncodedData, options: SftOptions, found: bool, purpose: str) -> None:
+    """Print what rows there are, and what was dropped."""
     summary = data.summary
+    heldout = f"{len(data.heldout):,} held out, " if options.eval_data or options.eval_fraction else ""
     say(
-        f"data: {counted(len(data.train), 'row')} to train on, {len(data.heldout):,} held out, format "
+        f"data: {counted(len(data.train), 'row')} {purpose}, {heldout}format "
         f"{describe_formats(summary.formats)}" + (f"; from the cache, prepared {summary.prepared}" if found else "")
     )
     report = summary.report

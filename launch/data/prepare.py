@@ -70,9 +70,9 @@ def prepare(
         heldout = list(range(count, len(rows.lengths)))
     else:
         heldout = draw_heldout(count, sources.fraction, seed)
-        if not heldout:
+        if sources.fraction and not heldout:
             rows.report.left_out.append(
-                f"nothing held out: {counted(count, 'row')} (fewer than {SMALLEST_SPLIT}, or eval_fraction 0)"
+                f"nothing held out: {counted(count, 'row')}, and fewer than {SMALLEST_SPLIT} are not divided"
             )
     trained = [source.name for source in sources.train]
     summary = rows.summary(checksum(folder), list(zip(trained, counts, strict=True)), heldout)
