@@ -25,6 +25,12 @@ def ranks(request):
     return pool(request.param)
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that start runs where there are several workers: these keep one of them busy longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/runs/"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Share files out among the workers of `pytest -n 2`; those that start runs to one of them.
