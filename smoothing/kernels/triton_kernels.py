@@ -64,24 +64,17 @@ def _add_block(
     real_size,
     uniform,
     cap,
-    at,
-    z_y,
     maximum,
     sum_exp,
     weighted,
     mass,
-    alike,
     CAPPED: tl.constexpr,
-    WITH_STATS: tl.constexpr,
     SMOOTHED: tl.constexpr,
     UNIFORM: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row's statistics with a block more: relative to the largest logit so far, and moved when that grows.
-
-    `alike` counts the columns before the label's, `at`, whose logits are equal to its own, `z_y`.
-    """
+    """A row's statistics with a block more: relative to the largest logit so far, and moved when that grows."""
     column = first + tl.arange(0, BLOCK)
     inside = column < real_size
     z = _read_block(row_logits, column_stride, column, inside, cap, CAPPED, MASKED)
@@ -104,9 +97,7 @@ def _add_block(
             u = _read_prior(priors, column, inside, MASKED)
             weighted += tl.sum(tl.where(u != 0, u * relative, 0.0), 0)
             mass += tl.sum(u, 0)
-    if WITH_STATS:
-        alike += tl.sum(((z == z_y) & (column < at)).to(tl.int32), 0)
-    return larger, sum_exp, weighted, mass, alike
+    return larger, sum_exp, weighted, mass
 
 
 @triton.jit(do_not_specialize=["count", "start", "ignore_index"])
@@ -137,28 +128,31 @@ def statistics_kernel(
     # a row that is left out keeps its statistics finite all the way: maximum 0, sum of exponentials 1
     maximum, sum_exp, label, weighted, mass = 0.0, 1.0, 0.0, 0.0, 0.0
     if target != ignore_index:
-        at, z_y, alike = target - start, 0.0, 0
-        owned = (at >= 0) & (at < real_size)
-        if owned:
+        at = target - start
+        maximum, sum_exp, before = float("-inf"), 0.0, float("-inf")
+        whole = real_size // BLOCK * BLOCK
+        for first in range(0, whole, BLOCK):
+            maximum, sum_exp, weighted, mass = _add_block(
+                row_logits, column_stride, priors, first, real_size, uniform, cap,
+                maximum, sum_exp, weighted, mass, CAPPED, SMOOTHED, UNIFORM, False, BLOCK,
+            )  # fmt: skip
+            if WITH_STATS:  # the largest of the blocks that end before the label
+                before = tl.where(first + BLOCK <= at, maximum, before)
+        if whole < real_size:
+            maximum, sum_exp, weighted, mass = _add_block(
+                row_logits, column_stride, priors, whole, real_size, uniform, cap,
+                maximum, sum_exp, weighted, mass, CAPPED, SMOOTHED, UNIFORM, True, BLOCK,
+            )  # fmt: skip
+        if (at >= 0) & (at < real_size):
             z_y = tl.load(row_logits + at * column_stride).to(tl.float32)
             if CAPPED:
                 z_y = _capped(z_y, cap)
-        maximum, sum_exp = float("-inf"), 0.0
-        whole = real_size // BLOCK * BLOCK
-        for first in range(0, whole, BLOCK):
-            maximum, sum_exp, weighted, mass, alike = _add_block(
-                row_logits, column_stride, priors, first, real_size, uniform, cap, at, z_y,
-                maximum, sum_exp, weighted, mass, alike, CAPPED, WITH_STATS, SMOOTHED, UNIFORM, False, BLOCK,
-            )  # fmt: skip
-        if whole < real_size:
-            maximum, sum_exp, weighted, mass, alike = _add_block(
-                row_logits, column_stride, priors, whole, real_size, uniform, cap, at, z_y,
-                maximum, sum_exp, weighted, mass, alike, CAPPED, WITH_STATS, SMOOTHED, UNIFORM, True, BLOCK,
-            )  # fmt: skip
-        if owned:
             label = z_y - tl.where(maximum == float("-inf"), 0.0, maximum)
-            if WITH_STATS:  # see `statistics`: an earlier column is what argmax finds
-                label = tl.where((label == 0.0) & (alike > 0), -0.0, label)
+            if WITH_STATS:  # noqa: SIM102 (known when compiled, as the other is not)
+                if label == 0.0:  # -0.0 if an earlier column is as large: see `smoothing.core.statistics`
+                    column = at // BLOCK * BLOCK + tl.arange(0, BLOCK)
+                    z = _read_block(row_logits, column_stride, column, column < at, cap, CAPPED, True)
+                    label = tl.where((before == maximum) | (tl.max(z, 0) == maximum), -0.0, label)
     tl.store(stats + row, maximum)
     tl.store(stats + count + row, sum_exp)
     tl.store(stats + 2 * count + row, label)

@@ -107,6 +107,31 @@ def test_the_first_in_the_kernels(few, head, where):
         assert torch.equal(correct, guesses())
 
 
+def correct_of_wide_rows(wide: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """By the kernels, from rows of several blocks; two ranks hold a half each."""
+    from tests.smoothing.kernels.test_kernels import interpreter
+
+    rank, size, vocab = dist.get_rank(), dist.get_world_size(), wide.shape[1]
+    start, stop = rank * vocab // size, (rank + 1) * vocab // size
+    with interpreter():
+        own, shard = wide[:, start:stop].contiguous(), VocabShard(start, stop, vocab, dist.group.WORLD)
+        return vocab_parallel_cross_entropy(own, target, shard, return_stats=True)[1].correct
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("vocab", [8192, 20_001])
+def test_the_first_in_rows_of_several_blocks(few, vocab):
+    draw = torch.Generator().manual_seed(1)
+    wide = torch.randn(40, vocab, generator=draw).clamp_(max=4).to(torch.bfloat16)
+    largest = torch.stack([torch.randperm(vocab, generator=draw)[:2] for _ in wide]).sort(1).values
+    largest[::5, 1] = largest[::5, 0] + 1  # in one block
+    wide.scatter_(1, largest.clamp_(max=vocab - 1), 9.0)
+    target = largest.gather(1, torch.arange(40).unsqueeze(1) % 2).squeeze(1)
+    for correct in few.run(correct_of_wide_rows, wide, target):
+        assert torch.equal(correct, wide.float().argmax(1) == target)
+    assert 15 <= (wide.float().argmax(1) == target).sum() <= 25
+
+
 def test_the_first_in_whole_logits():
     logits, target = tied_rows()
     _, stats = dense_cross_entropy(logits, target, label_smoothing=0.0, ignore_index=-100)

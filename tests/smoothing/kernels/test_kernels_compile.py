@@ -77,6 +77,7 @@ def compiled(kernel, variant: Variant, **more):
         "UNIFORM": variant.uniform,
         "WITH_FIELD": variant.field,
         "WITH_STATES": not variant.field,
+        "WITH_STATS": True,
         "DIVIDED": variant.smoothed,
         "NARROWED": variant.logits == "fp32" and variant.out != "fp32",
         "BLOCK": triton_ops.COMBINE_BLOCK if kernel is triton_kernels.combine_kernel else triton_ops.BLOCK,
