@@ -5,7 +5,6 @@ Gloo ranks on the CPU; truth is fp64. In lower precision the error may be at mos
 constant.
 """
 
-import functools
 import gc
 
 import pytest
@@ -41,14 +40,8 @@ EXAMPLES = settings(
 # What the ranks run.
 
 
-@functools.cache
-def group_for(*bounds):
-    """A group for each way of cutting a vocabulary; one group that meets several is a test of its own."""
-    return fresh_group()
-
-
 def my_shard(case: Case, group=None) -> VocabShard:
-    return VocabShard(*case.bounds[dist.get_rank()], case.vocab_size, group or group_for(*case.bounds))
+    return VocabShard(*case.bounds[dist.get_rank()], case.vocab_size, group or dist.group.WORLD)
 
 
 def sharded(case: Case, dtype=torch.float64, chunk=None, upstream=None, group=None, **more) -> dict:
@@ -68,11 +61,7 @@ def sharded(case: Case, dtype=torch.float64, chunk=None, upstream=None, group=No
 
 
 def sharded_in_a_fresh_group(*args, **kwargs) -> dict:
-    group = fresh_group()
-    try:
-        return sharded(*args, group=group, **kwargs)
-    finally:
-        dist.destroy_process_group(group)
+    return sharded(*args, group=fresh_group(), **kwargs)
 
 
 def many_sharded(calls: list[dict]) -> list[dict]:
@@ -532,7 +521,7 @@ def test_another_split_that_only_some_ranks_can_see():
 
 def halves(case: Case):
     """Ranks 0,1 and ranks 2,3 work apart, each pair on the whole vocabulary."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pairs = [fresh_group([0, 1]), fresh_group([2, 3])]
     pair, rank = divmod(dist.get_rank(), 2)
     logits, target, options = case.share(rank, torch.float64)
     shard = VocabShard(*case.bounds[rank], case.vocab_size, pairs[pair])

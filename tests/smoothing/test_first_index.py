@@ -21,7 +21,7 @@ from smoothing import (
 from smoothing.model.dense_loss import dense_cross_entropy
 from tests.support.ranks import Ranks
 
-TOKENS, VOCAB, PADDING = 96, 43, 6
+TOKENS, VOCAB, PADDING = 48, 43, 6
 CUTS = {1: [], 2: [17], 3: [5, 19]}
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -103,7 +103,7 @@ def test_the_first_of_several_largest_logits(few, head, dtype):
 @pytest.mark.parametrize("where", ["kernels", "bf16 loop"])
 @pytest.mark.parametrize("head", ["sharded", "fused", "fused_with_softcap"])
 def test_the_first_in_the_kernels(few, head, where):
-    for correct in few.run(correct_of, head, torch.bfloat16, where):
+    for correct in few.run(correct_of, head, torch.bfloat16, where, time_limit=120):
         assert torch.equal(correct, guesses())
 
 
@@ -122,14 +122,14 @@ def correct_of_wide_rows(wide: torch.Tensor, target: torch.Tensor) -> torch.Tens
 @pytest.mark.parametrize("vocab", [8192, 20_001])
 def test_the_first_in_rows_of_several_blocks(few, vocab):
     draw = torch.Generator().manual_seed(1)
-    wide = torch.randn(40, vocab, generator=draw).clamp_(max=4).to(torch.bfloat16)
+    wide = torch.randn(20, vocab, generator=draw).clamp_(max=4).to(torch.bfloat16)
     largest = torch.stack([torch.randperm(vocab, generator=draw)[:2] for _ in wide]).sort(1).values
     largest[::5, 1] = largest[::5, 0] + 1  # in one block
     wide.scatter_(1, largest.clamp_(max=vocab - 1), 9.0)
-    target = largest.gather(1, torch.arange(40).unsqueeze(1) % 2).squeeze(1)
-    for correct in few.run(correct_of_wide_rows, wide, target):
+    target = largest.gather(1, torch.arange(20).unsqueeze(1) % 2).squeeze(1)
+    for correct in few.run(correct_of_wide_rows, wide, target, time_limit=120):
         assert torch.equal(correct, wide.float().argmax(1) == target)
-    assert 15 <= (wide.float().argmax(1) == target).sum() <= 25
+    assert 6 <= (wide.float().argmax(1) == target).sum() <= 14
 
 
 def test_the_first_in_whole_logits():

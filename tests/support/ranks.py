@@ -149,6 +149,8 @@ def _serve(rank: int, size: int, store: str, pipe):
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT
     )
     while request := pipe.recv_bytes():
+        while _fresh_groups:  # of the call before, which has ended on all ranks
+            dist.destroy_process_group(_fresh_groups.pop())
         try:
             fn, args, kwargs = pickle.loads(request)
             answer = pickle.dumps(Outcome(fn(*args, **kwargs)))
@@ -168,9 +170,16 @@ def pool(size: int) -> Ranks:
     return ranks
 
 
-def fresh_group():
-    """A new group of all ranks: nothing has been agreed on it yet. Every rank must call this."""
-    return dist.new_group(list(range(dist.get_world_size())), timeout=COLLECTIVE_LIMIT)
+_fresh_groups: list[dist.ProcessGroup] = []  # each has threads that wake up a hundred times a second
+
+
+def fresh_group(ranks: list[int] | None = None):
+    """A new group of these ranks, or all, for this call alone. Every rank must call this."""
+    ranks = list(range(dist.get_world_size())) if ranks is None else ranks
+    group = dist.new_group(ranks, timeout=COLLECTIVE_LIMIT)
+    if dist.get_rank() in ranks:
+        _fresh_groups.append(group)
+    return group
 
 
 class Collectives(TorchDispatchMode):
