@@ -120,6 +120,7 @@ def statistics_kernel(
     WITH_FIELD: tl.constexpr,
     UNIFORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -150,9 +151,11 @@ def statistics_kernel(
             label = z_y - tl.where(maximum == float("-inf"), 0.0, maximum)
             if WITH_STATS:  # noqa: SIM102 (known when compiled, as the other is not)
                 if label == 0.0:  # -0.0 if an earlier column is as large: see `smoothing.core.statistics`
-                    column = at // BLOCK * BLOCK + tl.arange(0, BLOCK)
-                    z = _read_block(row_logits, column_stride, column, column < at, cap, CAPPED, True)
-                    label = tl.where((before == maximum) | (tl.max(z, 0) == maximum), -0.0, label)
+                    for piece in range(at // BLOCK * BLOCK, at, PIECE):
+                        column = piece + tl.arange(0, PIECE)
+                        z = _read_block(row_logits, column_stride, column, column < at, cap, CAPPED, True)
+                        before = tl.maximum(before, tl.max(z, 0))
+                    label = tl.where(before == maximum, -0.0, label)
     tl.store(stats + row, maximum)
     tl.store(stats + count + row, sum_exp)
     tl.store(stats + 2 * count + row, label)

@@ -18,6 +18,7 @@ from smoothing.core.statistics import Combined, Losses, ShardStatistics
 from smoothing.kernels import triton_kernels
 
 BLOCK = 4096  # columns of a row looked at together
+PIECE = 512  # columns of the label's block looked at together once more
 COMBINE_BLOCK = 128  # tokens whose statistics a program adds up
 HIDDEN_BLOCK = 128  # columns of hidden states that it looks at together, where it does, of fewer tokens
 STATES_BLOCK = 32
@@ -57,6 +58,7 @@ def statistics(logits_TS: Tensor, target: Tensor, call: LossCall, with_prior: bo
                 WITH_FIELD=with_prior,
                 UNIFORM=call.prior is None,
                 BLOCK=_block(real_size),
+                PIECE=min(_block(real_size), PIECE),
                 **COMPILER_OPTIONS,
             )
     return stats_FT

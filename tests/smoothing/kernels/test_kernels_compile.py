@@ -82,6 +82,7 @@ def compiled(kernel, variant: Variant, **more):
         "NARROWED": variant.logits == "fp32" and variant.out != "fp32",
         "BLOCK": triton_ops.COMBINE_BLOCK if kernel is triton_kernels.combine_kernel else triton_ops.BLOCK,
         "BLOCK_H": triton_ops.HIDDEN_BLOCK,
+        "PIECE": triton_ops.PIECE,
         "HEADER": agreement.HEADER_FIELDS,
         "START": agreement.OFFSET["start"],
         "MASS": agreement.OFFSET["prior_mass"],
