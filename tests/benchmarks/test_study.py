@@ -39,7 +39,7 @@ def test_rows_that_no_study_can_be_made_of():
 def test_a_folder_of_another_study_is_refused(tmp_path):
     args = SimpleNamespace(folder=tmp_path, data="a", eval_data="b", model=None)
     check_same_study(args, STUDY)
-    check_same_study(args, STUDY)
+    check_same_study(args, replace(STUDY, seeds=STUDY.seeds + 1))
     with pytest.raises(SystemExit, match="name another --folder"):
         check_same_study(args, replace(STUDY, rows=7))
 
