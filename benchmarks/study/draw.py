@@ -56,6 +56,6 @@ def _panel(axis, key: str, arms: list[dict], base: dict) -> None:
     axis.axhline(base[key], color="black", linestyle=":", linewidth=1, label="the base")
     if key == "confidence_minus_accuracy":
         axis.axhline(0, color="grey", linewidth=0.8)
-    axis.set_xticks(range(len(treatments)), treatments, fontsize=9)
+    axis.set_xticks(range(len(treatments)), [name.replace(" ", "\n") for name in treatments], fontsize=9)
     axis.set_xlim(-0.5, len(treatments) - 0.5)
     axis.spines[["top", "right"]].set_visible(False)
