@@ -155,7 +155,7 @@ def statistics_kernel(
                         column = piece + tl.arange(0, PIECE)
                         z = _read_block(row_logits, column_stride, column, column < at, cap, CAPPED, True)
                         before = tl.maximum(before, tl.max(z, 0))
-                    label = tl.where(before == maximum, -0.0, label)
+                    label *= tl.where(before == maximum, -1.0, 1.0)  # Triton 3.7 takes a constant -0.0 for 0.0
     tl.store(stats + row, maximum)
     tl.store(stats + count + row, sum_exp)
     tl.store(stats + 2 * count + row, label)
@@ -247,7 +247,7 @@ def combine_kernel(
             # a shard without mass may have a shift of -inf: 0·inf is not 0
             moved = tl.where(mass != 0, mass * shift, 0.0)
             prior += tl.load(own + 3 * field_stride, mask=inside, other=0.0) + moved
-    label = tl.where(beaten & (label == 0), -0.0, label)
+    label = tl.where(beaten & (label == 0), tl.abs(label) * -1.0, label)  # -0.0
     if WITH_STATES:
         row = token.to(tl.int64) * state_stride
         prior = mean_scale * _dot(states, row, inside, mean_row, width, BLOCK, BLOCK_H) - maximum
