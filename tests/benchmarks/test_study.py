@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.study.__main__ import check_same_study
+from benchmarks.study.__main__ import arguments, check_same_study
 from benchmarks.study.design import STUDY, Cell, Design, Treatment, rows_of, rows_problem, swap_answers
 from benchmarks.study.figures import BEST_EPOCH, TEMPERATURE, UNSMOOTHED, Resampling, arms_of, figures_of
 from benchmarks.study.measured import Measured
@@ -42,6 +42,14 @@ def test_a_folder_of_another_study_is_refused(tmp_path):
     check_same_study(args, replace(STUDY, seeds=STUDY.seeds + 1))
     with pytest.raises(SystemExit, match="name another --folder"):
         check_same_study(args, replace(STUDY, rows=7))
+
+
+@pytest.mark.parametrize("flag", ["--rows", "--seeds", "--held_out", "--at_once"])
+def test_a_number_below_1_is_refused(flag, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study", flag, "0"])
+    with pytest.raises(SystemExit):
+        arguments()
+    assert f"{flag} must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
