@@ -45,9 +45,17 @@ A LoRA adapter adds B(A(x)) to a layer and is split as the layer is: beside one 
 `down_proj`), A is split by its input and B is whole; a whole layer's are whole. B follows fused halves and gathered
 outputs. Each adapted layer that is split costs one more sum over the ranks, of `--lora_rank` numbers a token: of
 A's output forward, or of its gradient backward. All factors are drawn whole from `--seed` before they are cut, so
-that every layout begins alike, and the gradient norm counts each weight once. The exported adapter is one
-process's, 1e-5 in fp32, for every kind below in the same test. `--sanity --tp N --lora_rank R` does its step with
-adapters.
+that every layout begins alike, and the gradient norm counts each weight once.
+
+`--dora` keeps the magnitudes whole on every rank, one number an output, and takes the length of each row of a weight
+over all of it: of a layer that is split by its input the squares are summed over the ranks, of one that is gathered
+the lengths are gathered; by its output, the gradient of the magnitudes is summed. That is one collective more a
+layer, of one number an output. `--lora_dropout` drops what one process drops: each rank draws for the whole input and
+takes its part. The ranks' batches are one process's then; data-parallel ranks draw each for its own rows, as
+everywhere.
+
+The exported adapter is one process's, 1e-5 in fp32, LoRA and DoRA, for every kind below in the same test. `--sanity
+--tp N --lora_rank R` does its step with adapters.
 
 ## Kinds
 

@@ -63,16 +63,6 @@ def deepspeed_config(
 def _check_split_adapter(options: SftOptions, tensor_parallel: dict[str, Any]) -> None:
     """Raise `UserError` for an adapter that tensor-parallel ranks would train otherwise than one process."""
     flag = f"cannot be used with tensor parallelism {options.tp}"
-    if options.dora:
-        raise UserError(
-            f"--dora {flag}: it needs the length of whole rows of weights that are split; leave it out, or share "
-            "memory by --zero 3"
-        )
-    if options.lora_dropout:
-        raise UserError(
-            f"--lora_dropout {flag}: ranks would drop other inputs than one process does; set it to 0, or share "
-            "memory by --zero 3"
-        )
     if own := [name for name in OWN_SPLITS if tensor_parallel.get(name)]:
         raise UserError(
             f"--lora_rank {flag} and {' and '.join(own)} in the DeepSpeed file: adapters are split as the layers are "

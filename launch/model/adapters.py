@@ -55,7 +55,10 @@ def with_adapter(
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError(f"--lora_rank: peft cannot adapt {type(model).__name__}: {error_line(error)}") from None
+        way_out = "; leave out --dora, or name layers that are not experts by --lora_targets" if options.dora else ""
+        raise UserError(
+            f"--lora_rank: peft cannot adapt {type(model).__name__}: {error_line(error)}{way_out}"
+        ) from None
     # get_peft_model puts the model's own name there, which may be a relative path
     adapted.peft_config["default"].base_model_name_or_path = _address(options.model)
     if not quiet:

@@ -20,7 +20,7 @@ from launch.common.library_patches import consolidate_buffers, skip_shared_memor
 from launch.common.messages import typed_error_line
 from launch.config.options import SftOptions
 from launch.model.adapters import PEFT_PREFIX, is_adapted, targets_problem, with_adapter
-from launch.model.tensor_parallel.apply import split_adapters, split_model
+from launch.model.tensor_parallel.apply import finish_adapters, split_adapters, split_model
 from launch.preflight.ranks import join, run_ranks
 from launch.preflight.small_copy import small_copy
 from launch.preflight.table import Check
@@ -147,6 +147,7 @@ def _one_rank(rank: int, ranks: int, folder: str) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     consolidate_buffers(engine)
+    finish_adapters(engine.module)
     engine.module.eval()
     loss = _loss(engine.module, settings)
     engine.backward(loss)

@@ -14,6 +14,7 @@ from launch.common.library_patches import (
 from launch.common.paths import CHECKPOINT
 from launch.config.deepspeed_file import offloads_optimizer
 from launch.data.sampler import EpochSampler
+from launch.model.tensor_parallel.apply import finish_adapters
 from launch.process.ranks import from_main
 
 
@@ -44,6 +45,7 @@ class EngineReady(TrainerCallback):
         if engine.zero_optimization_stage() == 0:
             keep_fp32_grad_norm(engine)
         keep_flat_weights(engine)
+        finish_adapters(engine.module)
         if state.global_step:  # a checkpoint was loaded
             place_step_counts(engine.basic_optimizer)
             schedule = self.trainer.lr_scheduler

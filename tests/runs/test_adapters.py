@@ -38,6 +38,7 @@ COMMON = {
     "lora_alpha": 32,
 }
 DORA = {"dora": True}
+DROPOUT = {"lora_dropout": 0.3}
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 MERGED = {"merge_adapter": True}
 # name: ranks, tensor parallelism, ZeRO stage, whether embeddings are tied, more
@@ -45,6 +46,8 @@ RUNS = {
     "one": (1, 1, 0, False, {}),
     "one-tied": (1, 1, 1, True, {}),
     "one-dora": (1, 1, 0, False, DORA),
+    "one-dropout": (1, 1, 0, False, DROPOUT),
+    "one-dora-dropout": (1, 1, 0, False, DORA | DROPOUT),
     "one-merged": (1, 1, 1, False, MERGED | {"gradient_checkpointing": True}),
     "one-dora-merged": (1, 1, 2, False, DORA | MERGED),
     "one-resumed": (1, 1, 1, False, SAVED),
@@ -60,6 +63,12 @@ RUNS = {
     "tp2-zero2": (2, 2, 2, False, {}),
     "tp2-zero3": (2, 2, 3, False, {}),
     "tp2-tied-merged-zero1": (2, 2, 1, True, MERGED),
+    "tp2-dora-zero1-resumed": (2, 2, 1, False, DORA | SAVED),
+    "tp2-dora-merged-zero0": (2, 2, 0, False, DORA | MERGED),
+    "tp2-dora-zero3": (2, 2, 3, False, DORA),
+    "tp2-dropout-zero2": (2, 2, 2, False, DROPOUT),
+    "tp2-dora-dropout-zero1": (2, 2, 1, False, DORA | DROPOUT | {"gradient_checkpointing": True}),
+    "tp2-dp2-dora-zero2": (4, 2, 2, False, DORA),
     "tp2-dp2-zero1": (4, 2, 1, False, {}),
     "tp2-dp2-tied-merged-zero3": (4, 2, 3, True, MERGED),
 }
@@ -106,9 +115,9 @@ def assert_same_losses(run: Path, alone: Path) -> None:
 
 
 PAIRS = [
-    (name, "one-dora" if "dora" in name else "one")
+    (name, "-".join(["one", *(kind for kind in ("dora", "dropout") if kind in name)]))
     for name, run in RUNS.items()
-    if run[0] > 1 and not run[3] and run[4] != MERGED
+    if run[0] > 1 and "merged" not in name
 ]
 
 
@@ -128,6 +137,7 @@ def test_same_losses_and_same_adapter(runs, name, alone):
     [
         ("one", "one-merged"),
         ("one-dora", "one-dora-merged"),
+        ("one-dora", "tp2-dora-merged-zero0"),
         ("one-tied", "dp2-tied-merged-zero3"),
         ("one-tied", "tp2-tied-merged-zero1"),
         ("one-tied", "tp2-dp2-tied-merged-zero3"),
@@ -168,7 +178,7 @@ def test_only_the_adapter_is_trained_and_exported(runs):
     assert torch.equal(whole.lm_head.weight, base(runs).lm_head.weight)
 
 
-@pytest.mark.parametrize("name", ["one-resumed", "tp2-zero1-resumed"])
+@pytest.mark.parametrize("name", ["one-resumed", "tp2-zero1-resumed", "tp2-dora-zero1-resumed"])
 def test_resume_is_exact(runs, name):
     """A checkpoint holds no frozen weight, and the run goes on from it to the same adapter, bit for bit."""
     run = runs / name

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from launch.common.library_patches import look_inside_adapters
 from launch.config.deepspeed import OWN_SPLITS
+from launch.model.adapters import is_adapted
 from launch.model.tensor_parallel.adapters import with_factors
 from launch.model.tensor_parallel.prepare import keep_whole, rename_scaled
 from launch.model.tensor_parallel.split import Split, plan_split
@@ -36,3 +38,26 @@ def split_adapters(section: dict[str, Any], split: Split) -> None:
     """Have DeepSpeed split the adapters too that were put into a model after `split_model`."""
     section["partition_config"] = split.partition_config | {"layer_specs": with_factors(split.specs)}
     look_inside_adapters()
+
+
+def finish_adapters(model: nn.Module) -> None:
+    """Make DoRA and dropout of adapters take their part beside the layers that DeepSpeed has split in a model.
+
+    Call it after DeepSpeed's `initialize`; without adapters or split layers nothing changes.
+    """
+    if not is_adapted(model):
+        return
+    from deepspeed.module_inject.layers import LinearAllreduce, TensorParallel_Layer
+    from peft.tuners.lora import LoraLayer
+
+    from launch.model.tensor_parallel.dora import SplitDora
+    from launch.model.tensor_parallel.dropout import DropoutOfAPart
+
+    for adapted in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        layer, dropout = adapted.get_base_layer(), adapted.lora_dropout
+        if isinstance(layer, TensorParallel_Layer):
+            for dora in adapted.lora_magnitude_vector.values():
+                dora.__class__ = SplitDora
+        if isinstance(layer, LinearAllreduce):
+            for name in [name for name, each in dropout.items() if isinstance(each, nn.Dropout)]:
+                dropout[name] = DropoutOfAPart(dropout[name].p, layer._partition_sizes, layer.tp_index)
