@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed.distributed_c10d as c10d
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -165,6 +165,35 @@ def consolidate_buffers(engine) -> None:
         return state
 
     engine._replace_module_consolidated_state_dict = with_buffers
+
+
+def keep_4bit_weights(model: nn.Module) -> None:
+    """Make the layers of a model in 4 bits compute alike in training and evaluation, on every CPU.
+
+    bitsandbytes 0.50 packs the weights anew for CPUs with AVX512 and bf16, scales rounded to bf16, when a layer is
+    first evaluated (`nn/modules.py`, `Linear4bit.forward`), and fails where the sizes of a layer do not divide by its
+    blocks. Upstream: none found. Test: `test_bitsandbytes_packs_weights_anew`.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def find_infinities_by_norm(engine) -> None:
+    """Make an engine in bf16 at ZeRO 1 or 2 look for infinities and NaN in the gradient norm alone.
+
+    DeepSpeed 0.19.8 reads every gradient for them (`DeepSpeedZeroOptimizer.has_overflow`: ten operations each, a
+    collective, and the host waits), then takes the norm of all gradients and skips the update if that is not finite,
+    which it is not if any gradient is not. ZeRO 3 goes by the norm alone. Upstream: none found.
+    Test: `test_deepspeed_looks_for_infinities_twice`.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.dtype != torch.bfloat16:
+        return
+    if optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda **_: None
 
 
 def keep_flat_weights(engine) -> None:

@@ -109,7 +109,7 @@ class AdapterFlags:
     dora: bool = field(default=False, metadata={"help": "DoRA: also learn the length of each weight's rows."})
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "Keep the linear layers of the frozen model in 4 bits (QLoRA): bitsandbytes, on a GPU."},
+        metadata={"help": "Keep the linear layers of the frozen model in 4 bits (QLoRA), by bitsandbytes."},
     )
     merge_adapter: bool = field(
         default=False, metadata={"help": "Export a whole model, with what was learned added to its weights."}

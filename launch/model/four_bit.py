@@ -7,7 +7,6 @@ from transformers import BitsAndBytesConfig
 
 from launch.common.errors import UserError
 from launch.config.options import SftOptions
-from launch.process.device import uses_gpu
 
 
 def check_four_bit(options: SftOptions, stage: int) -> None:
@@ -20,8 +19,6 @@ def check_four_bit(options: SftOptions, stage: int) -> None:
         raise UserError("--load_in_4bit cannot be used with --zero 3: packed weights are not divided; use --zero 2")
     if find_spec("bitsandbytes") is None:
         raise UserError("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    if not uses_gpu():
-        raise UserError("--load_in_4bit needs a GPU with CUDA, and this run is on the CPU")
 
 
 def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:

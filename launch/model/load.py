@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from launch.common.errors import UserError
-from launch.common.library_patches import weightless, without_tensor_parallel
+from launch.common.library_patches import keep_4bit_weights, weightless, without_tensor_parallel
 from launch.common.messages import error_line, typed_error_line
 from launch.config.options import SftOptions
 from launch.data.tokenizer import check_model_path
@@ -90,6 +90,8 @@ def _loaded(options: SftOptions, dtype: torch.dtype) -> PreTrainedModel:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(adapter_as_model(options.model))
     check_loaded(options.model, found)
+    if options.load_in_4bit:
+        keep_4bit_weights(model)
     if note:
         say(note)
     return model

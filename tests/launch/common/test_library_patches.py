@@ -141,6 +141,33 @@ def test_deepspeed_consolidates_no_buffers():
             assert state.keys() == {"0.weight", "0.running_mean", "0.running_var", "0.num_batches_tracked"}
 
 
+def test_bitsandbytes_packs_weights_anew():
+    modules = pytest.importorskip("bitsandbytes").nn.modules
+    assert "_convert_weight_packed_for_cpu(self.weight.data" in inspect.getsource(modules.Linear4bit.forward)
+    layer = modules.Linear4bit(96, 64)  # 96 is not whole blocks of 64
+    layer.load_state_dict({"weight": torch.randn(64, 96), "bias": torch.zeros(64)})
+    patches.keep_4bit_weights(torch.nn.Sequential(layer.to("cpu").eval()))
+    before = layer.weight.data.clone()
+    assert layer(torch.randn(2, 96)).isfinite().all() and torch.equal(layer.weight.data, before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offload", "left_out"),
+    [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float16, False, False)],
+)
+def test_deepspeed_looks_for_infinities_twice(dtype, offload, left_out):
+    """That a norm says enough: `tests/runs/test_nonfinite.py`, in bf16."""
+    step = inspect.getsource(DeepSpeedZeroOptimizer.step)
+    assert "self.check_overflow(" in step and "is_invalid_grad_norm(scaled_global_grad_norm)" in step
+    optimizer = DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer)
+    optimizer.dtype, optimizer.compute_grad_norm, optimizer.cpu_offload = dtype, True, offload
+    searched = []
+    optimizer.check_overflow = lambda **_: searched.append(True)
+    patches.find_infinities_by_norm(SimpleNamespace(optimizer=optimizer))
+    optimizer.check_overflow(partition_gradients=True)
+    assert bool(searched) != left_out
+
+
 def bf16_optimizer():
     """One whose fp32 copy of two weights is updated, without the process group that DeepSpeed's own needs."""
     made = BF16_Optimizer.__new__(BF16_Optimizer)

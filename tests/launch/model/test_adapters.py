@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from launch.common.errors import UserError
 from launch.config.deepspeed import deepspeed_config
 from launch.config.options import SftOptions, check_options
+from launch.model import four_bit
 from launch.model.adapters import targets_problem, with_adapter
 from launch.model.base_digest import base_digest
 from launch.model.four_bit import check_four_bit
@@ -57,21 +58,12 @@ def test_flags_that_contradict_each_other(given, words):
     check_options(options(lora_rank=0, lora_dropout=0.0))
 
 
-@pytest.mark.parametrize(
-    ("given", "section", "words"),
-    [
-        ({"dora": True}, {}, "--dora cannot be used with tensor parallelism 2"),
-        ({"lora_dropout": 0.1}, {}, "--lora_dropout cannot be used with tensor parallelism 2"),
-        ({}, {"preset_model": "llama"}, "tensor parallelism 2 and preset_model in the DeepSpeed file"),
-    ],
-)
-def test_what_ranks_would_train_otherwise_than_one_process(given, section, words, tmp_path):
-    """Whether --tp says so or the DeepSpeed file."""
+def test_a_split_of_ones_own_says_nothing_of_adapters(tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"tensor_parallel": {"autotp_size": 2} | section}))
-    with pytest.raises(UserError, match=words):
-        deepspeed_config(options(**given), str(file), 2)
-    assert deepspeed_config(options(tp=2), None, 2)[0].tp == 2
+    file.write_text(json.dumps({"tensor_parallel": {"autotp_size": 2, "preset_model": "llama"}}))
+    with pytest.raises(UserError, match="tensor parallelism 2 and preset_model in the DeepSpeed file"):
+        deepspeed_config(options(), str(file), 2)
+    assert deepspeed_config(options(tp=2, dora=True, lora_dropout=0.1), None, 2)[0].tp == 2
 
 
 @pytest.mark.parametrize(
@@ -79,10 +71,11 @@ def test_what_ranks_would_train_otherwise_than_one_process(given, section, words
     [
         ({"tp": 2}, 1, "cannot be used with --tp 2"),
         ({}, 3, "cannot be used with --zero 3"),
-        ({}, 2, "needs bitsandbytes, which is not installed: pip install bitsandbytes|needs a GPU with CUDA"),
+        ({}, 2, "needs bitsandbytes, which is not installed: pip install bitsandbytes"),
     ],
 )
-def test_where_a_model_cannot_be_kept_in_4_bits(given, stage, words):
+def test_where_a_model_cannot_be_kept_in_4_bits(given, stage, words, monkeypatch):
+    monkeypatch.setattr(four_bit, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=words):
         check_four_bit(options(load_in_4bit=True, **given), stage)
     check_four_bit(options(), stage)
