@@ -6,6 +6,7 @@ from transformers import Trainer, TrainerCallback
 
 from launch.common.library_patches import (
     consolidate_buffers,
+    find_infinities_by_norm,
     follow_this_schedule,
     keep_flat_weights,
     keep_fp32_grad_norm,
@@ -44,6 +45,7 @@ class EngineReady(TrainerCallback):
         consolidate_buffers(engine)
         if engine.zero_optimization_stage() == 0:
             keep_fp32_grad_norm(engine)
+        find_infinities_by_norm(engine)
         keep_flat_weights(engine)
         finish_adapters(engine.module)
         if state.global_step:  # a checkpoint was loaded
