@@ -32,7 +32,7 @@ COMMON = {
     "max_length": 96,
     "samples": 1,
 }
-# ranks, tensor parallelism, accumulation, ZeRO stage
+# ranks, tensor parallelism, accumulation, ZeRO stage, and --offload
 ALONE = (1, 1, 1, 0)
 LAYOUTS = [
     ALONE,
@@ -40,6 +40,7 @@ LAYOUTS = [
     (2, 1, 1, 1),
     (2, 1, 1, 2),
     (2, 1, 2, 3),
+    (2, 1, 2, 3, True),
     (2, 2, 1, 0),
     (2, 2, 1, 1),
     (2, 2, 2, 2),
@@ -49,11 +50,12 @@ RESUMED_FROM = 3
 
 
 def name(layout) -> str:
-    return "ranks{}-tp{}-accumulate{}-zero{}".format(*layout)
+    ranks, tp, accumulation, zero, *offload = layout
+    return f"ranks{ranks}-tp{tp}-accumulate{accumulation}-zero{zero}" + ("-offload" if offload else "")
 
 
 def command(folder: Path, layout, output: str, **more) -> list[str]:
-    ranks, tp, accumulation, zero = layout
+    ranks, tp, accumulation, zero, *offload = layout
     values = COMMON | {
         "model": folder / "model-tied",
         "data": folder / "train.jsonl",
@@ -61,6 +63,7 @@ def command(folder: Path, layout, output: str, **more) -> list[str]:
         "output_dir": folder / output,
         "tp": tp,
         "zero": zero,
+        "offload": bool(offload),
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": 8 // accumulation // (ranks // tp),
     }
@@ -107,6 +110,13 @@ def test_same_weights_and_metrics(runs, layout):
     assert untimed(torn) == untimed(whole)
     assert (whole / "samples.jsonl").read_text() == (torn / "samples.jsonl").read_text()
     assert not list(torn.glob("*.partial")) and not list(torn.glob("damaged-*"))
+
+
+def test_weights_and_optimizer_on_the_cpu_train_alike(runs):
+    expected, got = (load_file(runs / name((2, 1, 2, 3, *more)) / "model/model.safetensors") for more in ([], [True]))
+    assert got.keys() == expected.keys()
+    for key, weight in expected.items():
+        torch.testing.assert_close(got[key], weight, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
 BY_EPOCH = {
