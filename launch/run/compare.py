@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from launch.common.errors import UserError
-from launch.common.paths import MODEL, RECIPE
+from launch.common.paths import MODEL, RECIPE, STARTED
 from launch.config.options import SftOptions
 from launch.data.sources.files import name_of
 from launch.process.ranks import say
@@ -109,8 +109,8 @@ def check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:
         )
     if before["data"] != facts["data"]:
         raise UserError(
-            f"the training data differs from the data of {checkpoint} (--data or the tokenizer has changed); restore "
-            "it, or start with a new --output_dir"
+            f"the training data differs from the data of {checkpoint} (--data, the tokenizer, a flag about rows, or "
+            f"the day in {checkpoint.parent / STARTED} has changed); restore it, or start with a new --output_dir"
         )
     if before["rows_a_step"] != facts["rows_a_step"]:
         raise UserError(
