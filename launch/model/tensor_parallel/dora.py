@@ -20,7 +20,7 @@ from deepspeed.module_inject.layers import (
     TensorParallel_Layer,
 )
 from peft.tuners.lora.dora import DoraLinearLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class SplitDora(DoraLinearLayer):
@@ -36,7 +36,8 @@ class SplitDora(DoraLinearLayer):
     def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"):
         if base_result is None:  # after dropout x is another than the layer was given
             base_result = base_layer(x)
-        magnitude, length, bias = self.weight, _lengths(base_layer, lora_A, lora_B, scaling), base_layer.bias
+        length, bias = _lengths(base_layer, lora_A.weight, lora_B.weight, scaling), base_layer.bias
+        magnitude = self.weight
         if getattr(base_layer, "gather_output", False):
             length = _gathered(base_layer, length)
             bias = None if bias is None else _gathered(base_layer, bias)
@@ -48,9 +49,9 @@ class SplitDora(DoraLinearLayer):
 
 
 @torch.no_grad()
-def _lengths(base_layer: TensorParallel_Layer, lora_A: nn.Module, lora_B: nn.Module, scaling: float) -> Tensor:
+def _lengths(base_layer: TensorParallel_Layer, factor_A: Tensor, factor_B: Tensor, scaling: float) -> Tensor:
     """Return ‖W + s·B·A‖ of the rows that this rank has, whole or a part of each."""
-    changed = torch.addmm(base_layer.weight, lora_B.weight, lora_A.weight, alpha=scaling)
+    changed = torch.addmm(base_layer.weight, factor_B, factor_A, alpha=scaling)
     exact = torch.promote_types(changed.dtype, torch.float32)
     length = torch.linalg.vector_norm(changed, dim=1, dtype=exact)
     if isinstance(base_layer, LinearAllreduce):
