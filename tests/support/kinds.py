@@ -32,7 +32,7 @@ KINDS: dict[str, dict] = {
         "qk_nope_head_dim": 8,
         "v_head_dim": 16,
     },
-    "falcon": {"multi_query": True, "new_decoder_architecture": False},
+    "falcon": {"multi_query": True, "new_decoder_architecture": False, "bias": True},
     "falcon-new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32},
