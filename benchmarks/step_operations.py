@@ -1,4 +1,4 @@
-"""What one training step asks of torch outside the loss: operations, copies, collectives, and values that the host reads.
+"""What a training step asks of torch outside the loss: operations, copies, collectives, values that the host reads.
 
     python benchmarks/step_operations.py                  the embedded default model, in bf16, under ZeRO 1
     python benchmarks/step_operations.py --model ... --data ...

@@ -21,7 +21,7 @@ ALL = bool(os.environ.get("ALL_KINDS"))
 # a sum of gradients over ranks, fused and gathered layers, persistent buffers, a scaled embedding, the head alone
 FEW = ("qwen3_moe", "phi3", "deepseek_v3", "gemma2", "bloom")
 CHOSEN = tuple(KINDS) if ALL else FEW
-# fused and gathered layers, a sum of gradients that is frozen, biases, Conv1D in a model of which the head alone is split
+# fused and gathered layers, a frozen sum of gradients, biases, Conv1D in a model of which the head alone is split
 ADAPTED = KINDS if ALL else ("phi3", "qwen3_moe", "starcoder2", "gpt2")
 EXPERTS = ("deepseek_v3", "mixtral", "qwen3_moe")  # to which peft gives no DoRA
 ADAPTERS = [(kind, dora) for kind in ADAPTED for dora in (False, True) if not dora or kind not in EXPERTS]
