@@ -23,9 +23,12 @@ def keep_quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)  # DeepSpeed sets the level again when it is imported
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every accumulation, which DeepSpeed does
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it misses a kernel for 4 bits
     # warnings of torch about DeepSpeed's calls, and of accelerate about the threads that ensure_environment sets
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+    # peft 0.21 asks transformers 5.24 for an attribute that has another name now
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
     # to bind a device, as it advises, fails with one rank (DeepSpeed's issue 8248); with several DeepSpeed does
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     if not sys.stderr.isatty():
