@@ -36,6 +36,10 @@ by weight, with one process's: a lost gradient changes no loss in the first step
 parameters a small copy stands, its architecture and heads with two narrow layers, and the table says so; where none
 can be built, or the model has code of its own, the table says that it was not tried.
 
+A model's own dropout inside attention that is split is drawn by each rank for its own heads: the log says so, and
+the losses are not one process's then. Where the heads do not divide by the ranks it is refused, since the ranks would
+draw different amounts of random numbers, and what they hold in common would drift apart.
+
 A DeepSpeed file with a `partition_config` or `preset_model` of its own is left as it is; `--sanity` checks that one.
 
 ## Adapters
@@ -51,8 +55,7 @@ that every layout begins alike, and the gradient norm counts each weight once.
 over all of it: of a layer that is split by its input the squares are summed over the ranks, of one that is gathered
 the lengths are gathered; by its output, the gradient of the magnitudes is summed. That is one collective more a
 layer, of one number an output. `--lora_dropout` drops what one process drops: each rank draws for the whole input and
-takes its part. The ranks' batches are one process's then; data-parallel ranks draw each for its own rows, as
-everywhere.
+takes its part. Data-parallel ranks draw each for its own rows, as everywhere.
 
 The exported adapter is one process's, 1e-5 in fp32, LoRA and DoRA, for every kind below in the same test. `--sanity
 --tp N --lora_rank R` does its step with adapters.

@@ -32,6 +32,7 @@ from launch.model.load import load_model
 from launch.model.packed_rows import packing_problem, takes_bounds
 from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
 from launch.model.tensor_parallel.apply import split_adapters, split_model
+from launch.model.tensor_parallel.dropout import check_dropout
 from launch.process.device import uses_gpu
 from launch.process.ranks import from_main, say, world_size
 from launch.process.rendezvous import rendezvous
@@ -171,6 +172,8 @@ def make_trainer(
     prior = smoothing_prior(options, data, tokenizer, model, run.path)
     section = args.hf_deepspeed_config.config.get("tensor_parallel", {})
     split = split_model(model, section) if options.tp > 1 else None
+    if split is not None:
+        check_dropout(model, split, options.tp)
     if options.lora_rank:
         facts["base"] = from_main(lambda: same_base(run.checkpoint, base_digest(options.model)))
     model = with_adapter(model, options, args.seed)

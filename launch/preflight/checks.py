@@ -20,6 +20,7 @@ from launch.model.four_bit import check_four_bit
 from launch.model.load import load_model
 from launch.model.smoothing_prior import check_prior_file, loss_settings, smoothing_prior
 from launch.model.tensor_parallel.apply import has_own_split
+from launch.model.tensor_parallel.dropout import check_dropout
 from launch.model.tensor_parallel.held_whole import held_whole
 from launch.model.tensor_parallel.split import Split, plan_split
 from launch.preflight.loss_checks import capture_head_input, check_formulations, check_heads, check_split
@@ -55,6 +56,8 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     section = config.get("tensor_parallel", {})
     split_over_ranks = [check_model_split(base, options, section, settings)] if options.tp > 1 else []
     split = plan_split(base) if options.tp > 1 and not has_own_split(section) else None
+    if split is not None:
+        check_dropout(base, split, options.tp)
     model = with_adapter(base, options, seed).to(device)
     rows = data.train.select(range(min(len(data.train), MOST_ROWS, micro_batch(training_values))))
     padded = PadToLongest(tokenizer.pad_token_id)(list(rows))

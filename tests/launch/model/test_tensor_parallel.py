@@ -16,6 +16,7 @@ from launch.model.adapters import with_adapter
 from launch.model.load import load_model
 from launch.model.tensor_parallel.adapters import with_factors
 from launch.model.tensor_parallel.apply import split_model
+from launch.model.tensor_parallel.dropout import check_dropout
 from launch.model.tensor_parallel.held_whole import held_whole
 from launch.model.tensor_parallel.kinds import ADDED_PLANS, SHOWN
 from launch.model.tensor_parallel.problem import split_problem
@@ -141,6 +142,36 @@ def test_a_users_own_split_is_left_as_it_is(section):
     model = meta("llama")
     assert split_model(model, section) is None and section == given
     assert not hasattr(model.model, "replaced")
+
+
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "what"),
+    [
+        ("llama", {}, None),
+        (
+            "llama",
+            {"attention_dropout": 0.1},
+            "dropout in model.layers.*.self_attn: each rank draws for its own part",
+        ),
+        ("gptj", {"attn_pdrop": 0.1}, "dropout in transformer.h.*.attn: each rank"),
+        ("gptj", {"resid_pdrop": 0.1}, None),  # of what all ranks have whole
+        ("starcoder2", {"residual_dropout": 0.1}, None),
+        ("bloom", {"attention_dropout": 0.1}, None),  # its attention is whole
+        ("llama", HEADS, None),
+        ("llama", HEADS | {"attention_dropout": 0.1}, "num_key_value_heads 3 cannot be divided by 2"),
+    ],
+)
+def test_dropout_of_what_ranks_share(kind, values, what, capsys):
+    model = meta(kind, **values)
+    if what is None or "divided" not in what:
+        check_dropout(model, plan_split(model), 2)
+        assert (what or "") in (said := capsys.readouterr().out) and bool(said) == bool(what)
+    else:
+        with pytest.raises(UserError, match=what):
+            check_dropout(model, plan_split(model), 2)
 
 
 def _two_heads(model):
