@@ -93,7 +93,7 @@ def _loaded(folder: str) -> PreTrainedModel:
 
 
 def _adapted(model: PreTrainedModel, options: SftOptions):
-    adapted = with_adapter(model, options, 0, quiet=True)
+    adapted = with_adapter(model, options, 0, quiet=True).eval()  # no dropout here either
     with torch.no_grad():  # peft's B is zero, so that A would have no gradient
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
