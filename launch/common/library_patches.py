@@ -184,15 +184,16 @@ def find_infinities_by_norm(engine) -> None:
 
     DeepSpeed 0.19.8 reads every gradient for them (`DeepSpeedZeroOptimizer.has_overflow`: ten operations each, a
     collective, and the host waits), then takes the norm of all gradients and skips the update if that is not finite,
-    which it is not if any gradient is not. ZeRO 3 goes by the norm alone. Upstream: none found.
-    Test: `test_deepspeed_looks_for_infinities_twice`.
+    which it is not if any gradient in it is not. ZeRO 3 goes by the norm alone. Under tensor parallelism the search
+    stays: the norm has what every rank holds whole from the first one alone, and the others may have come apart.
+    Upstream: none found. Test: `test_deepspeed_looks_for_infinities_twice`.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     optimizer = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.dtype != torch.bfloat16:
         return
-    if optimizer.compute_grad_norm and not optimizer.cpu_offload:
+    if optimizer.compute_grad_norm and not optimizer.cpu_offload and optimizer.model_parallel_world_size == 1:
         optimizer.check_overflow = lambda **_: None
 
 

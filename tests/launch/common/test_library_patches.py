@@ -152,15 +152,21 @@ def test_bitsandbytes_packs_weights_anew():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "offload", "left_out"),
-    [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float16, False, False)],
+    ("dtype", "offload", "tp", "left_out"),
+    [
+        (torch.bfloat16, False, 1, True),
+        (torch.bfloat16, True, 1, False),
+        (torch.bfloat16, False, 2, False),
+        (torch.float16, False, 1, False),
+    ],
 )
-def test_deepspeed_looks_for_infinities_twice(dtype, offload, left_out):
+def test_deepspeed_looks_for_infinities_twice(dtype, offload, tp, left_out):
     """That a norm says enough: `tests/runs/test_nonfinite.py`, in bf16."""
     step = inspect.getsource(DeepSpeedZeroOptimizer.step)
     assert "self.check_overflow(" in step and "is_invalid_grad_norm(scaled_global_grad_norm)" in step
     optimizer = DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer)
     optimizer.dtype, optimizer.compute_grad_norm, optimizer.cpu_offload = dtype, True, offload
+    optimizer.model_parallel_world_size = tp
     searched = []
     optimizer.check_overflow = lambda **_: searched.append(True)
     patches.find_infinities_by_norm(SimpleNamespace(optimizer=optimizer))
