@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+from launch.common.paths import SMOOTHING_PRIOR
 from launch.run.checkpoints import checkpoints
 
 TRY_IT = (
@@ -11,9 +12,11 @@ TRY_IT = (
     'print(pipeline("text-generation", {model})("YOUR PROMPT", max_new_tokens=60)[0]["generated_text"])'
 )
 MERGE_IT = (
-    "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
-    "AutoPeftModelForCausalLM.from_pretrained({model}).merge_and_unload().save_pretrained({merged}); "
-    "AutoTokenizer.from_pretrained({model}).save_pretrained({merged})"
+    "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer, GenerationConfig; "
+    "model = AutoPeftModelForCausalLM.from_pretrained({model}).merge_and_unload(); "
+    "model.generation_config = GenerationConfig.from_pretrained({model}); "
+    "model.config.label_smoothing = model.generation_config.label_smoothing; {prior}"
+    "model.save_pretrained({merged}); AutoTokenizer.from_pretrained({model}).save_pretrained({merged}){copied}"
 )
 
 
@@ -34,8 +37,7 @@ def next_steps(run: Path, model: Path, steps: int, adapter: bool = False, four_b
         f"                  --output_dir {shlex.quote(str(run))} --merge_adapter true",
     ]
     if four_bit:
-        merged = MERGE_IT.format(model=json.dumps(str(model)), merged=json.dumps(f"{model}-merged"))
-        merge = [f"  merge it:       python -c {shlex.quote(merged)}"]
+        merge = [f"  merge it:       python -c {shlex.quote(_merge_by_peft(run, model))}"]
     return "\n".join(
         [
             "next:",
@@ -44,3 +46,12 @@ def next_steps(run: Path, model: Path, steps: int, adapter: bool = False, four_b
             *([f"  train further:  this command with {further}"] if kept or not adapter else []),
         ]
     )
+
+
+def _merge_by_peft(run: Path, model: Path) -> str:
+    """Return a program that merges an adapter, and leaves to the whole model what tells its smoothing."""
+    merged, prior, copied = json.dumps(f"{model}-merged"), "", ""
+    if (run / SMOOTHING_PRIOR).exists():
+        prior = f"model.config.smoothing_prior = {json.dumps(SMOOTHING_PRIOR)}; "
+        copied = f"; from shutil import copy; copy({json.dumps(str(run / SMOOTHING_PRIOR))}, {merged})"
+    return MERGE_IT.format(model=json.dumps(str(model)), merged=merged, prior=prior, copied=copied)

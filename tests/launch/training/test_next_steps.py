@@ -6,15 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.common.paths import SMOOTHING_PRIOR
 from launch.config import early
 from launch.config.options import SftOptions
 from launch.evaluation.options import parse
 from launch.model.adapters import with_adapter
 from launch.training import logging
+from launch.training.adapter_weights import save_adapter
 from launch.training.next_steps import next_steps
-from tests.support.small_run import write_data, write_model
+from smoothing.hf import exported_prior
+from tests.support.small_run import VOCAB, write_data, write_model
 
 
 def command(text: str, name: str) -> list[str]:
@@ -46,7 +50,8 @@ def test_the_commands_work(tmp_path, capsys):
     assert "train further" not in next_steps(tmp_path, model, 300, adapter=True), "there is no checkpoint"
 
 
-def test_the_adapter_of_a_base_in_4_bits_is_merged_by_peft(tmp_path):
+@pytest.mark.parametrize("prior", [None, torch.linspace(0, 2, VOCAB) / VOCAB])
+def test_the_adapter_of_a_base_in_4_bits_is_merged_by_peft(tmp_path, prior):
     write_data(tmp_path)
     path = write_model(tmp_path, tied=False)
     base = AutoModelForCausalLM.from_pretrained(path)
@@ -54,7 +59,10 @@ def test_the_adapter_of_a_base_in_4_bits_is_merged_by_peft(tmp_path):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    adapted.save_pretrained(tmp_path / "it's")
+    base.config.label_smoothing = 0.1
+    save_adapter(adapted, {name: p for name, p in adapted.named_parameters() if p.requires_grad}, tmp_path / "it's")
+    if prior is not None:
+        save_file({"prior": prior}, tmp_path / SMOOTHING_PRIOR)
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "it's")
     text = next_steps(tmp_path, tmp_path / "it's", 300, adapter=True, four_bit=True)
     exec(command(text, "merge it")[2], {})
@@ -62,6 +70,8 @@ def test_the_adapter_of_a_base_in_4_bits_is_merged_by_peft(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(merged.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "it's-merged").eos_token_id is not None
+    assert merged.config.label_smoothing == 0.1
+    assert prior is None if exported_prior(merged) is None else torch.equal(exported_prior(merged), prior)
 
 
 def test_a_run_without_a_checkpoint_is_trained_further_from_its_model(tmp_path):
