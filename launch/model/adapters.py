@@ -55,9 +55,10 @@ def with_adapter(
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        way_out = "; leave out --dora, or name layers that are not experts by --lora_targets" if options.dora else ""
+        given = [flag for flag, on in (("--dora", options.dora), ("--lora_dropout", options.lora_dropout)) if on]
+        way_out = f"; leave out {' and '.join(given)}, or name layers that are not experts by --lora_targets"
         raise UserError(
-            f"--lora_rank: peft cannot adapt {type(model).__name__}: {error_line(error)}{way_out}"
+            f"--lora_rank: peft cannot adapt {type(model).__name__}: {error_line(error)}{way_out if given else ''}"
         ) from None
     # get_peft_model puts the model's own name there, which may be a relative path
     adapted.peft_config["default"].base_model_name_or_path = _address(options.model)
@@ -70,7 +71,8 @@ def adapter_as_model(model: str) -> str:
     """Return the sentence about an adapter that was named as `--model`, which transformers would add to its base."""
     return (
         f"--model {model} is an adapter, not a model; merge it into its base first (a run with --merge_adapter true "
-        "exports a whole model), or train it further by --resume_from_checkpoint of its run"
+        "exports a whole model, and peft's merge_and_unload makes one), or train it further by "
+        "--resume_from_checkpoint of its run"
     )
 
 
