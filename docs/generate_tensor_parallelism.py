@@ -57,8 +57,9 @@ the lengths are gathered; by its output, the gradient of the magnitudes is summe
 layer, of one number an output. `--lora_dropout` drops what one process drops: each rank draws for the whole input and
 takes its part. Data-parallel ranks draw each for its own rows, as everywhere.
 
-The exported adapter is one process's, 1e-5 in fp32, LoRA and DoRA, for every kind below in the same test. `--sanity
---tp N --lora_rank R` does its step with adapters.
+The exported adapter is one process's, 1e-5 in fp32, for every kind below in the same test; with `--dora` for all but
+DeepSeek-V3, Mixtral and Qwen3-MoE, whose experts peft gives no DoRA. `--sanity --tp N --lora_rank R` does its step with
+adapters.
 
 ## Kinds
 
