@@ -38,6 +38,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sanity")
     write_data(folder)
     write_model(folder, tied=True, attention_dropout=0.1)
+    write_model(folder, tied=False)
     return folder
 
 
@@ -52,17 +53,26 @@ def start(folder: Path, ranks: int | None = None, **values) -> tuple[int, str]:
         runs.end()
 
 
-def test_a_sound_run_passes(folder):
+@pytest.mark.parametrize(("model", "tp"), [("model-tied", 2), ("model-untied", 3)], ids=["dropout", "uneven heads"])
+def test_a_sound_run_passes(folder, model, tp):
     """As a user starts it."""
     given = {"data": folder / "train.jsonl", "max_length": 96, "per_device_train_batch_size": 4}
-    given |= {"model": folder / "model-tied", "smoothing": 0.1, "tp": 3, "packing": True}
+    given |= {"model": folder / model, "smoothing": 0.1, "tp": tp, "packing": True}
     given |= {"smoothing_prior": "unigram", "z_loss": 0.01}
     command = [sys.executable, str(ROOT / "launch/sft.py"), "--sanity", *flags(given)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("│ pass │") == 14 and "FAIL" not in done.stdout and "split over 3 ranks" in done.stdout
-    assert "model split over 3 ranks" in done.stdout and "the model itself: loss" in " ".join(done.stdout.split())
+    assert done.stdout.count("│ pass │") == 14 and "FAIL" not in done.stdout
+    assert f"│ split over {tp} ranks" in done.stdout and f"model split over {tp} ranks" in done.stdout
+    assert "the model itself: loss" in " ".join(done.stdout.split())
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_dropout_of_heads_that_ranks_cannot_share(folder, ranks):
+    code, printed = start(folder, ranks, model=folder / "model-tied", tp=3, output_dir=folder / "uneven")
+    assert code == 2 and "num_attention_heads 4 and num_key_value_heads 2 cannot be divided by 3" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.fixture(scope="module")
