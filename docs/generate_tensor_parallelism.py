@@ -58,8 +58,8 @@ layer, of one number an output. `--lora_dropout` drops what one process drops: e
 takes its part. Data-parallel ranks draw each for its own rows, as everywhere.
 
 The exported adapter is one process's, 1e-5 in fp32, for every kind below in the same test; with `--dora` for all but
-DeepSeek-V3, Mixtral and Qwen3-MoE, whose experts peft gives no DoRA. `--sanity --tp N --lora_rank R` does its step with
-adapters.
+DeepSeek-V3, Mixtral and Qwen3-MoE, whose experts peft gives no DoRA. `--sanity --tp N --lora_rank R` does its step
+with adapters.
 
 ## Kinds
 
