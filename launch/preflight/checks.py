@@ -54,10 +54,10 @@ def check_run(options: SftOptions, training_values: dict) -> int:
     prior = smoothing_prior(options, data, tokenizer, base)
     settings = loss_settings(options, None if prior is None else prior.to(device))
     section = config.get("tensor_parallel", {})
-    split_over_ranks = [check_model_split(base, options, section, settings)] if options.tp > 1 else []
     split = plan_split(base) if options.tp > 1 and not has_own_split(section) else None
     if split is not None:
         check_dropout(base, split, options.tp)
+    split_over_ranks = [check_model_split(base, options, section, settings)] if options.tp > 1 else []
     model = with_adapter(base, options, seed).to(device)
     rows = data.train.select(range(min(len(data.train), MOST_ROWS, micro_batch(training_values))))
     padded = PadToLongest(tokenizer.pad_token_id)(list(rows))

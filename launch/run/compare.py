@@ -109,8 +109,9 @@ def check_facts(checkpoint: Path, before: dict, facts: dict) -> list[str]:
         )
     if before["data"] != facts["data"]:
         raise UserError(
-            f"the training data differs from the data of {checkpoint} (--data, the tokenizer, a flag about rows, or "
-            f"the day in {checkpoint.parent / STARTED} has changed); restore it, or start with a new --output_dir"
+            f"the training data differs from the data of {checkpoint} (--data, the tokenizer, a flag such as "
+            f"--max_length or --chat_template, or the day in {checkpoint.parent / STARTED} has changed); restore it, "
+            "or start with a new --output_dir"
         )
     if before["rows_a_step"] != facts["rows_a_step"]:
         raise UserError(

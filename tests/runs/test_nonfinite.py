@@ -25,7 +25,7 @@ COMMON = {
     "max_length": 96,
     "samples": 0,
 }
-# tensor parallelism, accumulation, ZeRO stage, and "bf16", where DeepSpeed's own search is left out at ZeRO 1 and 2
+# tensor parallelism, accumulation, ZeRO stage, and "bf16", where DeepSpeed's own search is left out without tp
 LAYOUTS = [
     (1, 1, 0),
     (1, 1, 1),
